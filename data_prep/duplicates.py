@@ -1,0 +1,74 @@
+"""Files with the same bytes: found without reading everything, whatever the number of images and workers.
+
+Of files that are as long as another one, a few kilobytes are read and hashed; of those that agree in this, all bytes.
+Of equal files the one with the smallest key stays. The driver holds 16 bytes per image.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+
+from data_prep.plan import Plan
+from data_prep.sources import Item, read_item
+from data_prep.storage import read_range
+from data_prep.tasks import in_order
+
+_PROBE_BYTES = 4096
+_PER_TASK = 2048
+_AT_ONCE = 16  # reads of a task that wait for the storage side by side
+
+
+def find_duplicates(plan: Plan) -> dict[str, str]:
+    """The keys of the items to drop, each with the key of the equal item that stays. Ray must be initialised."""
+    sizes = np.fromiter((item.size for item in plan.items()), np.int64, plan.num_items)
+    alike = (item for item, twin in zip(plan.items(), _has_twin(sizes), strict=True) if twin)
+    probes = np.concatenate([np.empty(0, np.uint64), *in_order(probe, _batches(alike))])
+    twins = iter(_has_twin(probes))
+    by_size = iter(_has_twin(sizes))
+    candidates = (item for item in plan.items() if next(by_size) and next(twins))
+    return same_bytes(candidates)
+
+
+def same_bytes(candidates: Iterable[Item]) -> dict[str, str]:
+    """As `find_duplicates`, by the hash of all bytes."""
+    groups: defaultdict[bytes, list[str]] = defaultdict(list)
+    for named in in_order(hash_all, _batches(candidates)):
+        for key, digest in named:
+            groups[digest].append(key)
+    return {key: min(keys) for keys in groups.values() for key in keys if key != min(keys)}
+
+
+def probe(items: Sequence[Item]) -> np.ndarray:
+    """A uint64 for each item: a hash of its size and of some bytes in its middle."""
+
+    def one(item: Item) -> int:
+        size = min(item.size, _PROBE_BYTES)
+        data = read_range(item.uri, (item.offset or 0) + (item.size - size) // 2, size)
+        digest = hashlib.blake2b(data, digest_size=8, key=item.size.to_bytes(8, "little"))
+        return int.from_bytes(digest.digest(), "little")
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return np.fromiter(pool.map(one, items), np.uint64, len(items))
+
+
+def hash_all(items: Sequence[Item]) -> list[tuple[str, bytes]]:
+    """(key, sha256 of all bytes) of each item."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(lambda item: (item.key, hashlib.sha256(read_item(item)).digest()), items))
+
+
+def _has_twin(values: np.ndarray) -> np.ndarray:
+    """Whether each value occurs more than once."""
+    ordered = np.sort(values)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    return np.isin(values, repeated)
+
+
+def _batches(items: Iterable[Item]) -> Iterator[tuple[list[Item]]]:
+    coming = iter(items)
+    while batch := list(islice(coming, _PER_TASK)):
+        yield (batch,)

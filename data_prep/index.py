@@ -1,0 +1,261 @@
+"""What a set of shards holds: one `index.json` for the set, one sidecar `shard-000000.json` beside each tar.
+
+The index is small and published last: where it is, the set is complete. The sidecars list the samples.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_prep.storage import DamageError, StorageError, exists, join, normalise, read_bytes, write_bytes, writing
+
+INDEX_NAME = "index.json"
+LEFT_OUT_NAME = "left-out.jsonl"
+_LISTED_REJECTS = 1000
+_CACHED_SIDECARS = 128  # more than the streams a worker reads at once; a sidecar of 512 samples takes 0.5 MB
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShardSettings(_Record):
+    """How images become shards; all but `max_reject_share` decide the shards' content."""
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> "ShardSettings":
+        if self.sub_image_px is not None and self.sub_image_step_px > self.sub_image_px:
+            raise ValueError(
+                f"sub_image_step_px={self.sub_image_step_px} is above sub_image_px={self.sub_image_px}: pixels between "
+                f"the sub-images would be lost; choose a smaller step"
+            )
+        return self
+
+    def content(self) -> dict[str, object]:
+        """What decides the shards' content."""
+        return self.model_dump(exclude={"max_reject_share"})
+
+    samples_per_shard: int = Field(512, ge=1, description="images per tar, the last one may hold fewer")
+    seed: int = Field(0, ge=0, description="decides which images share a shard, and their order in it")
+    min_side_px: int = Field(64, ge=1, description="an image with a shorter side, in pixels, is rejected")
+    drop_duplicates: bool = Field(True, description="of files with the same bytes keep the one with the smallest key")
+    sub_image_px: int | None = Field(
+        None, ge=1, description="cut images into PNG crops of this side, in pixels; null keeps the files as they are"
+    )
+    sub_image_step_px: int = Field(240, ge=1, description="pixels from one such crop to the next")
+    max_reject_share: float = Field(0.01, ge=0, le=1, description="more rejects than this share is an error")
+
+
+class Sample(_Record):
+    """One image in a tar: `size` bytes at `offset`, decoding to `height` x `width` pixels.
+
+    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none.
+    """
+
+    key: str
+    ext: str
+    offset: int
+    size: int
+    height: int
+    width: int
+    sha256: str
+    seek_size: int = 0
+
+    @property
+    def seek_offset(self) -> int:
+        """Where the seek points begin: behind the image's last block of 512 bytes and the next member's header."""
+        return self.offset + -(-self.size // 512) * 512 + 512
+
+    @property
+    def side_px(self) -> int:
+        """The shorter side."""
+        return min(self.height, self.width)
+
+
+class Reject(_Record):
+    """One image that was left out, and why."""
+
+    key: str
+    uri: str
+    reason: str
+
+
+class ShardInfo(_Record):
+    """A sidecar: the marker that its tar is complete, and what is in it. `plan` is the digest of what was asked."""
+
+    name: str
+    plan: str
+    bytes: int
+    sha256: str
+    num_images: int
+    samples: tuple[Sample, ...]
+    rejects: tuple[Reject, ...]
+
+
+class Shard(_Record):
+    """A shard's line in the index; `min_side_px` is the shortest side of any of its images."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    sidecar_sha256: str
+    min_side_px: int
+
+
+class Summary(_Record):
+    """What the set needs to know of one finished shard; `shard` is None where every image was rejected."""
+
+    shard: Shard | None
+    num_images: int
+    rejects: tuple[Reject, ...]
+
+
+class ShardIndex(_Record):
+    """`index.json`; `source_fingerprint` and `settings` say what it was made from.
+
+    `num_images` counts the source's images, of which `num_rejects` were rejected and `num_duplicates` dropped. The
+    first of the rejects are here, all of them and the duplicates in `left-out.jsonl`, whose hash is
+    `left_out_sha256`: millions of images have many.
+    """
+
+    format: Literal[2] = 2
+    source: str
+    source_fingerprint: str
+    settings: ShardSettings
+    num_images: int
+    num_samples: int
+    num_bytes: int
+    num_rejects: int
+    num_duplicates: int
+    left_out_sha256: str
+    shards: tuple[Shard, ...]
+    rejects: tuple[Reject, ...]
+
+
+class ShardSet:
+    """A complete set of shards at `uri`."""
+
+    def __init__(self, uri: str, index: ShardIndex) -> None:
+        self.uri = normalise(uri)
+        self.index = index
+        self.samples = functools.lru_cache(maxsize=_CACHED_SIDECARS)(self._samples)
+
+    def __reduce__(self) -> tuple[type["ShardSet"], tuple[str, ShardIndex]]:
+        return ShardSet, (self.uri, self.index)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards in order."""
+        return self.index.shards
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return self.index.num_samples
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the content alone: wherever and whenever equal shards are made, it is equal."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+    def tar_uri(self, shard: int) -> str:
+        """Where the shard's tar lies."""
+        return join(self.uri, f"{self.shards[shard].name}.tar")
+
+    def _samples(self, shard: int) -> tuple[Sample, ...]:
+        """The samples of one shard, in the tar's order. Raises StorageError where the sidecar is not the index's."""
+        entry = self.shards[shard]
+        uri = join(self.uri, f"{entry.name}.json")
+        data = read_bytes(uri)
+        if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
+            raise DamageError(f"{uri}: it is not the sidecar that {INDEX_NAME} names; make the shards anew")
+        return ShardInfo.model_validate_json(data).samples
+
+
+def read_shard_set(uri: str) -> ShardSet:
+    """The set of shards at `uri`. Raises StorageError where there is none, or another program's."""
+    index_uri = join(uri, INDEX_NAME)
+    if not exists(index_uri):
+        raise StorageError(f"{index_uri}: there is no complete set of shards; make it with `hatchery shards`")
+    try:
+        return ShardSet(uri, ShardIndex.model_validate_json(read_bytes(index_uri)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StorageError(f"{index_uri}: {where}: {first['msg']}; make the shards anew") from error
+
+
+def publish_index(
+    uri: str,
+    source: str,
+    fingerprint: str,
+    settings: ShardSettings,
+    summaries: Iterable[Summary],
+    duplicates: Mapping[str, str] | None = None,
+) -> ShardSet:
+    """Write `left-out.jsonl` and, last, `index.json` over finished shards, whose summaries are consumed in order.
+
+    Shards without samples are left out, their rejects are kept. `duplicates` are dropped keys and the keys kept for
+    them.
+    """
+    shards, rejects = list[Shard](), list[Reject]()
+    num_images, num_rejects, digest = 0, 0, hashlib.sha256()
+    with tempfile.TemporaryFile() as spool:
+
+        def leave_out(**line: str) -> None:
+            data = json.dumps(line).encode() + b"\n"
+            digest.update(data)
+            spool.write(data)
+
+        for summary in summaries:
+            num_images += summary.num_images
+            num_rejects += len(summary.rejects)
+            shards.extend([summary.shard] if summary.shard else [])
+            rejects.extend(summary.rejects[: _LISTED_REJECTS - len(rejects)])
+            for reject in summary.rejects:
+                leave_out(**reject.model_dump())
+        for key, kept in sorted((duplicates or {}).items()):
+            leave_out(key=key, reason=f"the same bytes as {kept}")
+        spool.seek(0)
+        with writing(join(uri, LEFT_OUT_NAME)) as file:
+            shutil.copyfileobj(spool, file)
+    index = ShardIndex(
+        source=source,
+        source_fingerprint=fingerprint,
+        settings=settings,
+        num_images=num_images + len(duplicates or {}),
+        num_samples=sum(shard.count for shard in shards),
+        num_bytes=sum(shard.bytes for shard in shards),
+        num_rejects=num_rejects,
+        num_duplicates=len(duplicates or {}),
+        left_out_sha256=digest.hexdigest(),
+        shards=tuple(shards),
+        rejects=tuple(rejects),
+    )
+    write_bytes(join(uri, INDEX_NAME), to_json(index))
+    return ShardSet(uri, index)
+
+
+def summarise(info: ShardInfo) -> Summary:
+    """A shard's lines in the index."""
+    shard = Shard(
+        name=info.name,
+        count=len(info.samples),
+        bytes=info.bytes,
+        sha256=info.sha256,
+        sidecar_sha256=hashlib.sha256(to_json(info)).hexdigest(),
+        min_side_px=min((sample.side_px for sample in info.samples), default=0),
+    )
+    return Summary(shard=shard if info.samples else None, num_images=info.num_images, rejects=info.rejects)
+
+
+def to_json(record: BaseModel) -> bytes:
+    """The one spelling in which records are stored and hashed."""
+    return record.model_dump_json(indent=1).encode()

@@ -1,0 +1,258 @@
+"""Images to WebDataset tars: the original bytes, checked by a full decode, equal on every machine.
+
+`plan` decides, `write_shard` makes one tar, `make_shards` runs them as Ray tasks and publishes the index.
+A stopped run continues: a shard whose sidecar matches its plan is kept.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+from data_prep.duplicates import find_duplicates
+from data_prep.image import check, decode
+from data_prep.index import (
+    INDEX_NAME,
+    Reject,
+    Sample,
+    ShardInfo,
+    ShardSet,
+    ShardSettings,
+    Summary,
+    publish_index,
+    read_shard_set,
+    summarise,
+    to_json,
+)
+from data_prep.plan import Plan, ShardPlan, plan_shards
+from data_prep.sources import Item, iter_items, read_item
+from data_prep.storage import (
+    StorageError,
+    delete,
+    join,
+    list_files,
+    normalise,
+    read_bytes,
+    sweep,
+    write_bytes,
+    writing,
+)
+from data_prep.subimages import boxes, sub_key, to_png
+from data_prep.tasks import in_order
+
+__all__ = ["ShardPlan", "ShardSet", "ShardSettings", "make_shards", "plan_shards", "write_shard"]
+
+_DUPLICATES_NAME = "duplicates.json"  # what a stopped run had found out
+_NAMED_REJECTS = 5
+_SEEK_EXT = "seek"
+
+Progress = Callable[[int, int], None]
+
+
+class _Hashing:
+    """A file to write to that hashes and counts what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+
+def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
+    """Make one tar and, when it is stored, its sidecar.
+
+    An image that does not decode or is too small is rejected with the reason. Raises StorageError where an item
+    cannot be read or the destination cannot be written.
+    """
+    samples: list[Sample] = []
+    rejects: list[Reject] = []
+    with writing(join(destination, f"{plan.name}.tar")) as file:
+        out = _Hashing(file)
+        with tarfile.open(fileobj=out, mode="w|", bufsize=2**20, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
+            for item in plan.items:
+                data = read_item(item)
+                try:
+                    entries = list(_entries(item, data, plan.settings))
+                except ValueError as error:
+                    rejects.append(Reject(key=item.key, uri=item.uri, reason=str(error)))
+                    continue
+                samples.extend(_append(tar, *entry) for entry in entries)
+    info = ShardInfo(
+        name=plan.name,
+        plan=plan.digest,
+        bytes=out.bytes,
+        sha256=out.sha256.hexdigest(),
+        num_images=len(plan.items),
+        samples=tuple(samples),
+        rejects=tuple(rejects),
+    )
+    if not samples:
+        delete(join(destination, f"{plan.name}.tar"))
+    write_bytes(join(destination, f"{plan.name}.json"), to_json(info))
+    return info
+
+
+def make_shards(
+    source: str,
+    destination: str,
+    settings: ShardSettings,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> ShardSet:
+    """Make or complete the shards of a source at `destination`; Ray must be initialised.
+
+    A complete set made from the same source and settings is returned as it is. `progress` is called with the number
+    of finished shards and of all. Raises ValueError where the source holds no images or too many are rejected,
+    StorageError where the storage fails.
+    """
+    with Plan(iter_items(source, include, exclude), settings) as plan:
+        if (finished := _finished(destination, plan.fingerprint, settings)) is not None:
+            return finished
+        delete(join(destination, INDEX_NAME))  # from here on the old index is no longer true
+        sweep(destination)
+        duplicates = _duplicates(plan, destination) if settings.drop_duplicates else {}
+        num_images = plan.num_items - len(duplicates)
+        total = -(-num_images // settings.samples_per_shard)
+        sizes = {info.path: info.size for info in list_files(destination)}
+        calls = ((shard, destination, sizes.get(f"{shard.name}.tar")) for shard in plan.shards(duplicates))
+        summaries = in_order(complete_shard, _normalised(calls))
+        made = _checked(source, _reported(summaries, total, progress), settings, destination, num_images)
+        return publish_index(destination, source, plan.fingerprint, settings, made, duplicates)
+
+
+def complete_shard(plan: ShardPlan, destination: str, tar_bytes: int | None) -> Summary:
+    """Make a shard unless it is there: its sidecar matches the plan and its tar, `tar_bytes` long, the sidecar."""
+    try:
+        info = ShardInfo.model_validate_json(read_bytes(join(destination, f"{plan.name}.json")))
+    except ValueError:  # none, or another program's or an older format's: made anew
+        info = None
+    if info and info.plan == plan.digest and (info.bytes == tar_bytes or not info.samples):
+        return summarise(info)
+    return summarise(write_shard(plan, destination))
+
+
+def _normalised(calls: Iterator[tuple[ShardPlan, str, int | None]]) -> Iterator[tuple[Any, ...]]:
+    """The calls for other machines and folders: a relative destination is the driver's."""
+    for plan, destination, size in calls:
+        yield plan, normalise(destination), size
+
+
+def _reported(summaries: Iterator[Summary], total: int, progress: Progress | None) -> Iterator[Summary]:
+    for done, summary in enumerate(summaries, 1):
+        if progress:
+            progress(done, total)
+        yield summary
+
+
+def _duplicates(plan: Plan, destination: str) -> dict[str, str]:
+    """The keys to drop and those that stay for them, kept at the destination for a run that goes on."""
+    uri = join(destination, _DUPLICATES_NAME)
+    try:
+        known = json.loads(read_bytes(uri))
+        if known["source_fingerprint"] == plan.fingerprint:
+            return known["duplicates"]
+    except (ValueError, KeyError):
+        pass  # none yet, or of another source
+    found = find_duplicates(plan)
+    write_bytes(uri, json.dumps({"source_fingerprint": plan.fingerprint, "duplicates": found}).encode())
+    return found
+
+
+def _finished(destination: str, fingerprint: str, settings: ShardSettings) -> ShardSet | None:
+    """The complete set at the destination if it was made from this source and settings and its tars are there."""
+    try:
+        found = read_shard_set(destination)
+    except StorageError:
+        return None
+    index = found.index
+    if index.source_fingerprint != fingerprint or index.settings.content() != settings.content():
+        return None
+    if index.num_rejects > settings.max_reject_share * index.num_images:
+        return None
+    sizes = {info.path: info.size for info in list_files(destination)}
+    whole = all(
+        sizes.get(f"{shard.name}.tar") == shard.bytes and f"{shard.name}.json" in sizes for shard in found.shards
+    )
+    return found if whole else None
+
+
+def _checked(
+    source: str, summaries: Iterator[Summary], settings: ShardSettings, destination: str, num_images: int
+) -> Iterator[Summary]:
+    """The summaries; ValueError as soon as too many of num_images are rejected. At the end stale shards go."""
+    names, rejects, num_rejects, seen = set(), list[Reject](), 0, 0
+    for summary in summaries:
+        seen += summary.num_images
+        num_rejects += len(summary.rejects)
+        rejects.extend(summary.rejects[: _NAMED_REJECTS - len(rejects)])
+        if num_rejects > settings.max_reject_share * num_images or num_rejects == num_images:
+            named = "; ".join(f"{reject.key}: {reject.reason}" for reject in rejects)
+            raise ValueError(
+                f"{source}: {num_rejects} of {seen} images ({num_rejects / seen:.1%}) were rejected, max_reject_share "
+                f"is {settings.max_reject_share:.1%} of all {num_images} ({named}); repair or exclude them, lower "
+                f"min_side_px or raise max_reject_share"
+            )
+        if summary.shard:
+            names.add(summary.shard.name)
+        yield summary
+    _delete_stale(destination, names)
+
+
+def _delete_stale(destination: str, names: set[str]) -> None:
+    """Delete shards of an earlier plan, which a reader of `*.tar` would take for part of the set."""
+    for info in list_files(destination):
+        name, _, ext = info.path.rpartition(".")
+        if name.startswith("shard-") and ext in ("tar", "json") and name not in names:
+            delete(info.uri)
+    delete(join(destination, _DUPLICATES_NAME))
+
+
+def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple[str, str, bytes, int, int, bytes]]:
+    """(key, extension, bytes, height, width, seek points) of what goes into the tar for an image.
+
+    Raises ValueError with the reason to reject it.
+    """
+    if settings.sub_image_px is None:
+        height, width, seek = check(data)
+    else:
+        pixels = decode(data)
+        height, width = pixels.shape[:2]
+    if min(height, width) < settings.min_side_px:
+        raise ValueError(f"{width}x{height} pixels: a side is below min_side_px={settings.min_side_px}")
+    if settings.sub_image_px is None:
+        yield item.key, item.ext, data, height, width, seek
+        return
+    for number, box in enumerate(boxes(height, width, settings.sub_image_px, settings.sub_image_step_px), 1):
+        crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+        yield sub_key(item.key, number), "png", to_png(crop), box.height, box.width, b""
+
+
+def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:
+    """Add an image's bytes, and its seek points where it has some."""
+    offset = _add(tar, f"{key}.{ext}", data)
+    digest = hashlib.sha256(data).hexdigest()
+    sample = Sample(
+        key=key, ext=ext, offset=offset, size=len(data), height=height, width=width, sha256=digest, seek_size=len(seek)
+    )
+    if seek:
+        at = _add(tar, f"{key}.{_SEEK_EXT}", seek)
+        if at != sample.seek_offset:  # a long name has a longer header
+            return sample.model_copy(update={"seek_size": 0})
+    return sample
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Add a file under a header without times, owners or machine names; where its bytes begin."""
+    header = tarfile.TarInfo(name)
+    header.size = len(data)
+    offset = tar.offset + len(header.tobuf(tarfile.GNU_FORMAT))
+    tar.addfile(header, io.BytesIO(data))
+    return offset

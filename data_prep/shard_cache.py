@@ -1,0 +1,222 @@
+"""Samples' bytes by shard and number: from local tars, from a cache of tars, or straight from an object store.
+
+All readers of a node share one cache folder. A tar is stored there under its sha256, downloaded once, checked, and
+the least recently used tars that nobody reads are deleted when the folder outgrows its limit. Where it is full, and
+until a tar has arrived, samples come as ranges of the object, a few ahead: a training starts before the first tar is
+there, and a cache that is too small costs requests, not correctness.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from data_prep.index import Sample, ShardSet
+from data_prep.storage import DamageError, StorageError, download, is_local, read_range, sha256_of, sweep
+
+_OPEN_FILES = 128
+_DOWNLOADS = 2  # tars at once, of each reader
+_QUEUED = 4  # tars asked for and not there; more are asked for when these have come: the store is not flooded
+_RANGES = 8  # samples at once
+_RANGES_AHEAD = 64  # samples in memory that nobody has read yet
+_FULL_S = 30.0  # how long a full cache is not asked again
+
+_log = logging.getLogger(__name__)
+
+
+class ShardReader:
+    """Reads samples of one shard set; `cache_dir` and `cache_bytes` matter for sets in an object store only."""
+
+    def __init__(self, shard_set: ShardSet, cache_dir: str | None, cache_bytes: int) -> None:
+        self._set = shard_set
+        self._local = is_local(shard_set.uri)
+        self._cache = Path(cache_dir or os.path.join(tempfile.gettempdir(), "hatchery-shards"))
+        self._cache_bytes = cache_bytes
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recent last
+        self._wanted: set[int] = set()
+        self._full_until = 0.0
+        self._ahead: dict[tuple[int, int], Future[bytes]] = {}
+        self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="shard-download")
+        self._ranges = ThreadPoolExecutor(_RANGES, thread_name_prefix="sample-range")
+        if not self._local:
+            sweep(str(self._cache))
+
+    def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
+        """The original bytes of sample `number`, and its seek points.
+
+        Raises DamageError where the bytes are not what the index promises; seek points have a checksum of their own.
+        """
+        sample = self._set.samples(shard)[number]
+        descriptor = self._descriptor(shard)
+        ahead = self._ahead.pop((shard, number), None)
+        if descriptor is not None:
+            both = os.pread(descriptor, *_extent(sample))
+        else:
+            both = ahead.result() if ahead else self._range(shard, number)
+        data = both[: sample.size]
+        if hashlib.sha256(data).hexdigest() != sample.sha256:
+            raise DamageError(
+                f"{self._set.tar_uri(shard)}: sample {sample.key} is not the one that was written; make the shard anew"
+            )
+        return data, both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Start to download shards that will be read soon, as far as the queue has room."""
+        if self._local or time.monotonic() < self._full_until:
+            return
+        for shard in shards:
+            if len(self._wanted) < _QUEUED and shard not in self._wanted and shard not in self._files:
+                self._wanted.add(shard)
+                self._downloads.submit(self._fetch, shard)
+
+    def fetch_ahead(self, places: Iterable[tuple[int, int]]) -> None:
+        """Start to fetch the next samples (shard, number) of those tars that are not here."""
+        if self._local:
+            return
+        for place in places:
+            if len(self._ahead) >= _RANGES_AHEAD:
+                return
+            if place not in self._ahead and self._descriptor(place[0]) is None:
+                self._ahead[place] = self._ranges.submit(self._range, *place)
+
+    def close(self) -> None:
+        """Close the files and stop fetching."""
+        self._ranges.shutdown(wait=True, cancel_futures=True)
+        self._downloads.shutdown(wait=True, cancel_futures=True)
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _range(self, shard: int, number: int) -> bytes:
+        sample = self._set.samples(shard)[number]
+        size, offset = _extent(sample)
+        return read_range(self._set.tar_uri(shard), offset, size)
+
+    def _descriptor(self, shard: int) -> int | None:
+        """An open file of the shard, None where its tar is not on this node."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        opened = self._open_local(shard) if self._local else _open_cached(self._path(shard))
+        if opened is not None:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            self._files[shard] = opened
+        return opened
+
+    def _open_local(self, shard: int) -> int:
+        path, entry = self._set.tar_uri(shard), self._set.shards[shard]
+        try:
+            opened = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DamageError(f"{path}: {error.strerror}; make the shards anew") from error
+        size = os.fstat(opened).st_size
+        if size != entry.bytes:
+            os.close(opened)
+            raise DamageError(f"{path}: it has {size} bytes, the index says {entry.bytes}; make the shards anew")
+        return opened
+
+    def _path(self, shard: int) -> Path:
+        return self._cache / f"{self._set.shards[shard].sha256}.tar"
+
+    def _fetch(self, shard: int) -> None:
+        """Download a shard unless it is there. Its samples are read as ranges, and judged one by one, if this fails."""
+        try:
+            with _locked(self._path(shard).with_suffix(".lock")):
+                if not self._path(shard).exists():
+                    self._download(shard)
+        except StorageError as error:
+            _log.warning("%s; its samples are read one by one", error)
+        finally:
+            self._wanted.discard(shard)
+
+    def _download(self, shard: int) -> None:
+        """The shard's lock must be held."""
+        entry, path = self._set.shards[shard], self._path(shard)
+        room, arriving = path.with_suffix(".room"), path.with_suffix(".part")
+        if not self._reserve(room, entry.bytes):
+            self._full_until = time.monotonic() + _FULL_S
+            return
+        try:
+            download(self._set.tar_uri(shard), arriving)
+            if arriving.stat().st_size != entry.bytes or sha256_of(str(arriving)) != entry.sha256:
+                raise DamageError(f"{self._set.tar_uri(shard)}: its sha256 is not the index's; make the shards anew")
+            os.replace(arriving, path)
+        finally:
+            arriving.unlink(missing_ok=True)
+            room.unlink()
+
+    def _reserve(self, room: Path, needed: int) -> bool:
+        """Delete tars that nobody reads, the least recently used first, until `needed` bytes fit, and reserve these.
+
+        False where they do not fit. A reservation is a file without blocks, as long as what is to come.
+        """
+        with _locked(self._cache / "eviction.lock"):
+            tars = sorted((tar.stat().st_mtime_ns, tar.stat().st_size, tar) for tar in self._cache.glob("*.tar"))
+            total = needed + sum(size for _, size, _ in tars) + sum(map(_reserved, self._cache.glob("*.room")))
+            for _, size, tar in tars:
+                if total <= self._cache_bytes:
+                    break
+                if _delete_unread(tar):
+                    total -= size
+            if total > self._cache_bytes:
+                return False
+            with open(room, "wb") as file:
+                file.truncate(needed)
+            return True
+
+
+def _extent(sample: Sample) -> tuple[int, int]:
+    """(size, offset) of a sample's bytes and its seek points together."""
+    end = sample.seek_offset + sample.seek_size if sample.seek_size else sample.offset + sample.size
+    return end - sample.offset, sample.offset
+
+
+def _open_cached(path: Path) -> int | None:
+    """An open tar of the cache, marked as being read; None where it is not there."""
+    try:
+        opened = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    fcntl.flock(opened, fcntl.LOCK_SH)
+    os.utime(path)  # used now
+    return opened
+
+
+def _reserved(room: Path) -> int:
+    """The bytes of a reservation; one that a killed reader left, whose lock is free, is deleted."""
+    with open(room.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with contextlib.suppress(FileNotFoundError):
+                return room.stat().st_size
+            return 0
+        room.unlink(missing_ok=True)
+        return 0
+
+
+def _delete_unread(tar: Path) -> bool:
+    """Delete a tar of the cache unless some reader has it open."""
+    with open(tar, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        tar.unlink()
+        return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that every process and thread of this node respects."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,190 @@
+"""Raw images as items: a folder, an `s3://` prefix, a tar, a list of these, or photographs that packages ship.
+
+Rules for odd files, the same for every source. Good files are never re-encoded: their bytes go to the shards as they
+are. What decides is the content, not the name: a PNG called .JPEG is read as PNG and keeps its name. Gray, palette
+and CMYK images are good and become RGB when they are read (see `image`). EXIF rotation is not applied. Files that do
+not decode to their end and images smaller than `min_side_px` are rejected with the reason (see `shard`).
+"""
+
+import fnmatch
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from data_prep.image import EXTENSIONS
+from data_prep.storage import file_info, iter_files, normalise, read_bytes, read_range
+from data_prep.tar_source import iter_members
+
+PHOTOGRAPHS = "photographs:"
+
+# package to install, module, folder in it, files: photographs only, no charts, drawings, texts or near-duplicates
+_SHIPPED = (
+    (
+        "scikit-image",
+        "skimage",
+        "data",
+        (
+            *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png"),
+            *("gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg"),
+            "rocket.jpg",
+        ),
+    ),
+    ("scikit-learn", "sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+    ("matplotlib", "matplotlib", "mpl-data/sample_data", ("grace_hopper.jpg",)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One source image.
+
+    `key` names it in the shards and leads back to it: unquoted, it is the path below the source. `size` is in
+    bytes; `version` changes with the content. `offset` is where it begins in the tar at `uri`, None for a plain file.
+    """
+
+    key: str
+    uri: str
+    size: int
+    version: str
+    offset: int | None = None
+
+    @property
+    def ext(self) -> str:
+        """The file name's extension in lower case, without the dot."""
+        return unquote(self.key).rpartition(".")[2].lower()
+
+
+def list_items(source: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Item]:
+    """The images of a source, in its order: see `iter_items`, which does not hold them all."""
+    return list(iter_items(source, include, exclude))
+
+
+def iter_items(source: str, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Iterator[Item]:
+    """The images of a source, one by one, in an order that is the same every time.
+
+    `source` is a folder, an `s3://` prefix, a `.tar` (of images, or of class tars), a `.txt` with a source or an
+    image in each line, or "photographs:". `include` and `exclude` are globs on the path below the source or on the
+    bare file name; without `include` every image is taken. Raises ValueError where no image is left.
+    """
+    seen = taken = 0
+    for path, item in _named(source):
+        seen += 1
+        if _wanted(path, include, exclude):
+            taken += 1
+            yield item
+    if not taken:
+        filtered = f" with include={list(include)} exclude={list(exclude)}" if include or exclude else ""
+        raise ValueError(
+            f"{source}: no images{filtered} among {seen} found; accepted extensions are {' '.join(EXTENSIONS)}"
+        )
+
+
+def read_item(item: Item) -> bytes:
+    """The image file's bytes. Raises StorageError where they cannot be read."""
+    return read_bytes(item.uri) if item.offset is None else read_range(item.uri, item.offset, item.size)
+
+
+def fingerprint(items: Iterable[Item]) -> str:
+    """sha256 over every item's key, size and version: equal for equal sources."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(describe(item))
+    return digest.hexdigest()
+
+
+def describe(item: Item) -> bytes:
+    """What the fingerprint is made of."""
+    return json.dumps([item.key, item.size, item.version]).encode()
+
+
+def key_of(path: str) -> str:
+    """A WebDataset key for a relative path; `urllib.parse.unquote` gives the path back.
+
+    WebDataset ends a key at the base name's first dot, and skips names between double underscores.
+    """
+    return re.sub("_(?=_)", "%5F", quote(path, safe="/").replace(".", "%2E"))
+
+
+def _named(source: str) -> Iterable[tuple[str, Item]]:
+    """(path, item) of every image file of a source."""
+    if source == PHOTOGRAPHS:
+        return _photographs()
+    if source.lower().endswith(".txt"):
+        return _listed(source)
+    return _in_tar(source) if source.lower().endswith(".tar") else _stored(source)
+
+
+def _is_image(path: str) -> bool:
+    return path.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def _stored(source: str) -> Iterator[tuple[str, Item]]:
+    """The image files below a folder or prefix."""
+    for info in iter_files(source):
+        if _is_image(info.path):
+            yield info.path, Item(key_of(info.path), info.uri, info.size, info.version)
+
+
+def _in_tar(source: str) -> Iterator[tuple[str, Item]]:
+    """The image files inside a tar and the tars in it."""
+    tar = file_info(source)
+    for member in iter_members(tar.uri):
+        if _is_image(member.path):
+            path, version = posixpath.normpath(member.path), f"{tar.version}@{member.offset}"
+            yield path, Item(key_of(path), tar.uri, member.size, version, member.offset)
+
+
+def _listed(source: str) -> Iterator[tuple[str, Item]]:
+    """The images that a list names, by whole address; a relative line is below the list's folder, # is a comment."""
+    folder = normalise(source).rpartition("/")[0]
+    for line in read_bytes(source).decode().splitlines():
+        entry = line.strip()
+        if not entry or entry.startswith("#"):
+            continue
+        if entry.lower().endswith(".txt"):
+            raise ValueError(f"{source}: it lists {entry}, another list; name its lines here")
+        uri = normalise(entry if "://" in entry or entry.startswith(("/", "~")) else f"{folder}/{entry}")
+        base = uri.removeprefix("s3://").lstrip("/")
+        if _is_image(uri):
+            info = file_info(uri)
+            yield base, Item(key_of(base), uri, info.size, info.version)
+            continue
+        for path, item in _named(uri):
+            yield f"{base}/{path}", replace(item, key=f"{key_of(base)}/{item.key}")
+
+
+def _photographs() -> list[tuple[str, Item]]:
+    """(file name, item) of the shipped photographs; the package's version stands for their content."""
+    found = []
+    for package, module, folder, names in _SHIPPED:
+        root = _package_folder(package, module) / folder
+        version = f"{package} {importlib.metadata.version(package)}"
+        for name in names:
+            path = root / name
+            if not path.is_file():
+                raise ValueError(f"{PHOTOGRAPHS} {version} lacks {path}; pip install --force-reinstall {package}")
+            found.append((name, Item(key_of(name), str(path), path.stat().st_size, version)))
+    return sorted(found, key=lambda entry: entry[0])
+
+
+def _package_folder(package: str, module: str) -> Path:
+    """Where a package lies, without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{PHOTOGRAPHS} needs the package {package}; pip install {package}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    def matches(patterns: Sequence[str]) -> bool:
+        name = posixpath.basename(path)
+        return any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob) for glob in patterns)
+
+    return (not include or matches(include)) and not matches(exclude)

@@ -1,0 +1,362 @@
+"""Files on local disks and in object stores behind one set of functions on URIs.
+
+A URI is a path, `file://` or `s3://bucket/key` (see `uri`). Writes are atomic: a reader sees the whole old
+file or the whole new one. Where the storage fails, every function raises StorageError: one line with the URI
+and the remedy.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BufferedWriter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+
+from data_prep import s3
+from data_prep.uri import DamageError, StorageError, is_local, join, normalise, split_s3
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+__all__ = [
+    "DamageError",
+    "FileInfo",
+    "StorageError",
+    "check_writable",
+    "delete",
+    "delete_tree",
+    "download",
+    "exists",
+    "file_info",
+    "filesystem",
+    "is_local",
+    "iter_files",
+    "join",
+    "list_files",
+    "normalise",
+    "open_seekable",
+    "put_if_absent",
+    "read_bytes",
+    "read_range",
+    "sha256_of",
+    "sweep",
+    "upload",
+    "write_bytes",
+    "writing",
+]
+
+_TEMPORARY = ".hatchery-tmp-"
+_ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
+_BLOCK_BYTES = 2**20
+_REMEDIES = {
+    errno.ENOENT: "it does not exist; check the path",
+    errno.EACCES: "permission is denied; change the folder's permissions or choose another",
+    errno.EPERM: "the operation is not permitted; change the folder's permissions or choose another",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EDQUOT: "the quota is used up; free some space or choose another folder",
+    errno.EEXIST: "a part of the path is a file, not a folder; choose another path",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "it is a folder, not a file; name a file",
+}
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One listed file: `path` relative to the listed folder, `size` in bytes.
+
+    `version` changes with the content: the ETag in an object store, the modification time in ns on a disk.
+    """
+
+    path: str
+    uri: str
+    size: int
+    version: str
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file."""
+    with _naming(uri):
+        return Path(normalise(uri)).read_bytes() if is_local(uri) else s3.read(uri)
+
+
+def read_range(uri: str, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset`. Raises DamageError where the file ends before that or is gone."""
+    if size == 0:
+        return b""
+    with _naming(uri):
+        if is_local(uri):
+            with open(normalise(uri), "rb") as file:
+                data = os.pread(file.fileno(), size, offset)
+        else:
+            data = s3.read(uri, offset, size)
+    if len(data) != size:
+        raise DamageError(f"{normalise(uri)}: {len(data)} of {size} bytes at {offset}; it is truncated, make it anew")
+    return data
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write or replace the whole file; folders are made as needed."""
+    with _naming(uri):
+        if not is_local(uri):
+            s3.write(uri, data)
+            return
+        with _replacing(Path(normalise(uri))) as file:
+            file.write(data)
+
+
+def put_if_absent(uri: str, data: bytes) -> bool:
+    """Write the file unless it exists; False, and no change, where it does. Of many callers one gets True."""
+    with _naming(uri):
+        if not is_local(uri):
+            return s3.put_if_absent(uri, data)
+        target = Path(normalise(uri))
+        with _temporary(target) as file:
+            file.write(data)
+            _flush(file)
+            try:
+                os.link(file.name, target)  # unlike a rename, it refuses to replace
+            except FileExistsError:
+                return False
+        return True
+
+
+def exists(uri: str) -> bool:
+    """Whether a file is there; a folder is none."""
+    with _naming(uri):
+        return os.path.isfile(normalise(uri)) if is_local(uri) else s3.exists(uri)
+
+
+def list_files(uri: str) -> list[FileInfo]:
+    """Every file below a folder or prefix, sorted by the bytes of its path; empty where there is none."""
+    return sorted(iter_files(uri), key=lambda info: os.fsencode(info.path))
+
+
+def iter_files(uri: str) -> Iterator[FileInfo]:
+    """Every file below a folder or prefix, one by one: sorted on a disk, in the server's order in an object store."""
+    root = normalise(uri)
+    with _naming(root):
+        if is_local(root):
+            yield from _walk(root, "")
+        else:
+            for path, size, tag in s3.objects(root):
+                yield FileInfo(path, f"{root}/{path}", size, tag)
+
+
+def file_info(uri: str) -> FileInfo:
+    """Size and version of one file; its path is the base name. Raises DamageError where it is not there."""
+    place = normalise(uri)
+    with _naming(place):
+        if is_local(place):
+            status = os.stat(place)
+            return FileInfo(os.path.basename(place), place, status.st_size, str(status.st_mtime_ns))
+        size, tag = s3.head(place)
+    return FileInfo(place.rpartition("/")[2], place, size, tag)
+
+
+def open_seekable(uri: str) -> BinaryIO:
+    """An open file for reading here and there; of an object just what is read is fetched."""
+    with _naming(uri):
+        return open(normalise(uri), "rb") if is_local(uri) else s3.open_seekable(uri)
+
+
+def upload(local: str | os.PathLike[str], uri: str) -> None:
+    """Copy a local file to `uri`."""
+    with _naming(os.fspath(local)):
+        source = open(local, "rb")  # noqa: SIM115 -- closed below; only opening it is named after the local file
+    with source, _naming(uri):
+        if is_local(uri):
+            with _replacing(Path(normalise(uri))) as file:
+                shutil.copyfileobj(source, file, _BLOCK_BYTES)
+        else:
+            s3.upload(source, uri)
+
+
+def download(uri: str, local: str | os.PathLike[str]) -> None:
+    """Copy the file at `uri` to a local path; it appears there when complete."""
+    with _naming(uri):
+        if is_local(uri):
+            with open(normalise(uri), "rb") as source, _replacing(Path(local)) as file:
+                shutil.copyfileobj(source, file, _BLOCK_BYTES)
+            return
+        with _replacing(Path(local)) as file:
+            s3.download(uri, file)
+
+
+def delete(uri: str) -> None:
+    """Delete the file; nothing happens where there is none."""
+    with _naming(uri):
+        if is_local(uri):
+            Path(normalise(uri)).unlink(missing_ok=True)
+        else:
+            s3.delete([uri])
+
+
+def delete_tree(uri: str) -> None:
+    """Delete everything below a folder or prefix. Raises StorageError for a whole bucket or file system."""
+    root = normalise(uri)
+    if root == "/" or (not is_local(root) and not split_s3(root)[1]):
+        raise StorageError(f"{root}: refusing to delete all of it; name a folder or prefix inside")
+    with _naming(root):
+        if not is_local(root):
+            s3.delete([f"{root}/{path}" for path, _, _ in s3.objects(root)])
+        elif os.path.isdir(root):
+            shutil.rmtree(root)
+
+
+def sweep(uri: str) -> int:
+    """Delete temporary files in a local folder whose writers were killed; their number.
+
+    A file is abandoned when its writer ran on this host and is gone, or after a day. An object store keeps none.
+    """
+    if not is_local(uri):
+        return 0
+    swept = 0
+    for path in Path(normalise(uri)).glob(f"{_TEMPORARY}*"):
+        host, pid, _ = path.name.removeprefix(_TEMPORARY).rsplit("-", 2)
+        with contextlib.suppress(FileNotFoundError):
+            gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+            if gone or time.time() - path.stat().st_mtime > _ABANDONED_S:
+                path.unlink()
+                swept += 1
+    return swept
+
+
+@contextlib.contextmanager
+def writing(uri: str) -> Iterator[BinaryIO]:
+    """An open file that appears at `uri`, whole, when the block ends without an error; nothing of it stays else."""
+    if is_local(uri):
+        with _naming(uri), _replacing(Path(normalise(uri))) as file:
+            yield file
+        return
+    with tempfile.TemporaryFile(prefix="hatchery-") as spool:  # has no name: a kill leaves nothing
+        yield spool
+        spool.seek(0)
+        with _naming(uri):
+            s3.upload(spool, uri)
+
+
+def check_writable(uri: str) -> None:
+    """Write, read back and delete a small probe below `uri`. Raises StorageError with the remedy."""
+    probe, data = join(uri, f".hatchery-probe-{uuid.uuid4().hex}"), uuid.uuid4().bytes
+    with _naming(uri):
+        if is_local(uri):
+            with _replacing(Path(probe)) as file:
+                file.write(data)
+        else:
+            s3.write(probe, data, attempts=2)  # a person is waiting for the answer
+    seen = read_bytes(probe)
+    delete(probe)
+    if seen != data:
+        raise StorageError(f"{normalise(uri)}: a probe read back differs from what was written; check the storage")
+
+
+def sha256_of(uri: str) -> str:
+    """The file's sha256 in hexadecimal; an object is read in ranges, never whole."""
+    digest = hashlib.sha256()
+    with _naming(uri):
+        if is_local(uri):
+            with open(normalise(uri), "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        size, _ = s3.head(uri)
+    for offset in range(0, size, 16 * _BLOCK_BYTES):
+        digest.update(read_range(uri, offset, min(16 * _BLOCK_BYTES, size - offset)))
+    return digest.hexdigest()
+
+
+def filesystem(uri: str) -> tuple["FileSystem", str]:
+    """(pyarrow file system, path in it) for libraries that take these, such as Ray Train's RunConfig."""
+    from pyarrow import fs  # slow to import, and only drivers need it
+
+    if is_local(uri):
+        return fs.LocalFileSystem(), normalise(uri)
+    return _patient_s3(s3.arrow_options()), normalise(uri).removeprefix("s3://")
+
+
+def _patient_s3(options: dict[str, str]) -> "FileSystem":
+    """pyarrow's S3, which tries again for two minutes: by default a server away for ten seconds ends its user."""
+    from pyarrow import fs
+
+    class PatientS3(fs.S3FileSystem):
+        def __reduce__(self) -> tuple[Any, ...]:  # pyarrow's own forgets the retry strategy
+            return _patient_s3, (options,)
+
+    return PatientS3(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=12), request_timeout=30, **options)
+
+
+@contextlib.contextmanager
+def _naming(uri: str) -> Iterator[None]:
+    """Turn what the disk or the server raises into a StorageError that names the URI."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except ClientError as error:
+        kind = DamageError if s3.is_missing(error) else StorageError
+        raise kind(f"{normalise(uri)}: {s3.reason(error)}") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0) or f"{error.strerror or error}; check the path"
+        kind = DamageError if error.errno == errno.ENOENT else StorageError
+        raise kind(f"{normalise(uri)}: {remedy}") from error
+    except ValueError as error:  # botocore's word for an endpoint that is no URL
+        raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[BufferedWriter]:
+    """An open file in the target's folder, gone afterwards unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    with open(target.parent / name, "xb") as file:
+        try:
+            yield file
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[BufferedWriter]:
+    """An open file that takes the target's place, durably, when the block ends without an error."""
+    with _temporary(target) as file:
+        yield file
+        _flush(file)
+        os.replace(file.name, target)
+
+
+def _flush(file: BinaryIO) -> None:
+    """Bring the content to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _walk(root: str, below: str) -> Iterator[FileInfo]:
+    """The files below root/below, sorted by the bytes of their paths, of which one folder at a time is held."""
+    folder = os.path.join(root, below)
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: os.fsencode(entry.name) + b"/" * entry.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        if below:
+            raise
+        return
+    for entry in listed:
+        path = os.path.join(below, entry.name)
+        if entry.is_dir():
+            yield from _walk(root, path)
+        elif not entry.name.startswith(_TEMPORARY):
+            with _naming(entry.path):
+                status = os.stat(entry.path)
+            yield FileInfo(path, os.path.join(root, path), status.st_size, str(status.st_mtime_ns))

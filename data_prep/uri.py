@@ -1,0 +1,50 @@
+"""Storage addresses: what a URI is, its one spelling, and the error that names it."""
+
+import os
+from urllib.parse import unquote, urlsplit
+
+
+class StorageError(ValueError):
+    """A storage operation failed; the message is one line that names the URI and the remedy."""
+
+
+class DamageError(StorageError):
+    """What is stored is not what was written: trying again does not help."""
+
+
+def normalise(uri: str | os.PathLike[str]) -> str:
+    """The one spelling of a URI: `s3://bucket/key`, or an absolute path for a local path and `file://`.
+
+    No `//` inside and no trailing `/`: in an object store these are other keys. Raises StorageError for an
+    empty URI, another scheme, or `s3://` without a bucket.
+    """
+    text = os.fspath(uri)
+    scheme = text.split("://", 1)[0] if "://" in text else ""
+    if scheme == "s3":
+        parts = [part for part in text.removeprefix("s3://").split("/") if part]
+        if not parts:
+            raise StorageError(f"{text!r} names no bucket; write s3://bucket/prefix")
+        return "s3://" + "/".join(parts)
+    if scheme == "file":
+        text = unquote(urlsplit(text).path)
+    elif scheme:
+        raise StorageError(f"{text!r}: scheme {scheme}:// is unknown; use a path, file:// or s3://")
+    if not text:
+        raise StorageError("a storage URI is empty; give a path, file:// or s3://bucket/prefix")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def join(uri: str | os.PathLike[str], *parts: str) -> str:
+    """`uri` with path parts appended, normalised."""
+    return normalise("/".join([normalise(uri), *parts]))
+
+
+def is_local(uri: str | os.PathLike[str]) -> bool:
+    """Whether the URI is on this machine's file system."""
+    return not normalise(uri).startswith("s3://")
+
+
+def split_s3(uri: str) -> tuple[str, str]:
+    """(bucket, key) of an `s3://` URI; the key is empty for a whole bucket."""
+    bucket, _, key = normalise(uri).removeprefix("s3://").partition("/")
+    return bucket, key

@@ -1,0 +1,35 @@
+"""Servers that tests share: one S3 server and one local Ray per session, started when first asked for."""
+
+import os
+
+import pytest
+
+from tests.s3_server import s3_server
+from tests.shared_data import ROOT
+
+# without these, Ray writes a token into the home folder and later clusters refuse it, and it tries to rebuild
+# uv's environment in every worker
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=128 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield ray
+    ray.shutdown()

@@ -1,0 +1,234 @@
+"""Shards: byte-equal on every machine, checked, resumable, readable by the WebDataset library."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from urllib.parse import unquote
+
+import pytest
+import webdataset
+from PIL import Image
+
+from data_prep import storage
+from data_prep.image import decode
+from data_prep.index import ShardSet, read_shard_set
+from data_prep.shard import ShardSettings, complete_shard, make_shards, plan_shards, write_shard
+from data_prep.sources import Item, list_items
+from data_prep.storage import StorageError, join
+from data_prep.tasks import in_order
+from tests.shared_data import ROOT, shared
+from tests.unit.data_prep.odd_files import bad_files, good_files
+
+SETTINGS = ShardSettings(samples_per_shard=5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """18 ImageNet files, in folders."""
+    folder = tmp_path_factory.mktemp("source")
+    files = sorted(shared("data/imagenet-sample/train").rglob("*.JPEG"))[:18]
+    for file in files:
+        (folder / file.parent.name).mkdir(exist_ok=True)
+        shutil.copy(file, folder / file.parent.name)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory, ray_local):
+    return make_shards(source, str(tmp_path_factory.mktemp("made")), SETTINGS)
+
+
+def items(count):
+    return [Item(f"key-{number}", f"/data/{number}.png", number, "1") for number in range(count)]
+
+
+def test_a_plan_takes_every_item_once_whatever_order_they_come_in():
+    plans = plan_shards(items(23), SETTINGS)
+    assert [len(plan.items) for plan in plans] == [5, 5, 5, 5, 3]
+    assert {item for plan in plans for item in plan.items} == set(items(23))
+    assert plan_shards(items(23)[::-1], SETTINGS) == plans
+    assert [item for plan in plans for item in plan.items] != items(23)
+    assert plan_shards(items(23), SETTINGS.model_copy(update={"seed": 4})) != plans
+
+
+def test_a_plans_digest_follows_what_decides_its_content():
+    plan = plan_shards(items(3), SETTINGS)[0]
+    changed = dataclasses.replace(plan.items[0], version="2")
+    assert dataclasses.replace(plan, items=(changed, *plan.items[1:])).digest != plan.digest
+    assert dataclasses.replace(plan, settings=SETTINGS.model_copy(update={"min_side_px": 65})).digest != plan.digest
+    assert plan_shards(items(3), SETTINGS.model_copy(update={"max_reject_share": 1.0}))[0].digest == plan.digest
+
+
+def test_tars_hold_the_original_bytes_where_the_index_says(made, source):
+    assert made.num_samples == 18
+    seen = set()
+    for number, shard in enumerate(made.shards):
+        tar = storage.read_bytes(made.tar_uri(number))
+        assert hashlib.sha256(tar).hexdigest() == shard.sha256
+        assert len(tar) == shard.bytes
+        for sample in made.samples(number):
+            data = tar[sample.offset : sample.offset + sample.size]
+            assert data == storage.read_bytes(join(source, unquote(sample.key)))
+            assert decode(data).shape[:2] == (sample.height, sample.width)
+            seen.add(sample.key)
+    assert len(seen) == 18
+
+
+def test_headers_name_no_machine_time_or_owner(made):
+    with tarfile.open(made.tar_uri(0)) as tar:
+        for member in tar:
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+
+
+def test_the_webdataset_library_reads_every_sample(made):
+    tars = [made.tar_uri(number) for number in range(len(made.shards))]
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(tars, shardshuffle=False).decode("pil")]
+    assert keys == [sample.key for number in range(len(made.shards)) for sample in made.samples(number)]
+
+
+def test_shards_made_elsewhere_are_byte_equal(made, source, tmp_path, ray_local):
+    again = make_shards(source, str(tmp_path), SETTINGS)
+    assert again.digest == made.digest
+    assert [shard.sha256 for shard in again.shards] == [shard.sha256 for shard in made.shards]
+    assert read_shard_set(str(tmp_path)).index == again.index
+
+
+def test_a_finished_set_is_left_alone_and_a_changed_source_is_not(source, tmp_path, ray_local):
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    destination, steps = str(tmp_path / "set"), []
+    first = make_shards(str(copy), destination, SETTINGS, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    before = storage.list_files(destination)
+    assert make_shards(str(copy), destination, SETTINGS).digest == first.digest
+    assert storage.list_files(destination) == before
+
+    next(copy.rglob("*.JPEG")).unlink()
+    second = make_shards(str(copy), destination, SETTINGS)
+    assert second.num_samples == 17
+    assert second.digest != first.digest
+
+
+def test_a_stopped_run_keeps_finished_shards_and_drops_those_of_another_plan(made, source, tmp_path, ray_local):
+    destination = str(tmp_path)
+    plans = plan_shards(list_items(source), SETTINGS)
+    write_shard(plans[1], destination)
+    write_shard(plans[2], destination)
+    storage.delete(join(destination, "shard-000002.tar"))  # a sidecar alone is not a shard
+    write_shard(dataclasses.replace(plans[0], name="shard-000009"), destination)
+    storage.write_bytes(join(destination, "shard-000003.json"), b"{}")
+    kept = next(info for info in storage.list_files(destination) if info.path == "shard-000001.tar")
+    made_steps = []
+    result = make_shards(source, destination, SETTINGS, progress=lambda done, total: made_steps.append(done))
+    assert made_steps == [1, 2, 3, 4]
+    assert result.digest == made.digest
+    listed = storage.list_files(destination)
+    assert kept in listed
+    names = [f"shard-00000{number}.{ext}" for number in range(4) for ext in ("json", "tar")]
+    assert sorted(info.path for info in listed) == sorted(["index.json", "left-out.jsonl", *names])
+
+
+@pytest.fixture
+def damaged(source, tmp_path):
+    """Two good images, one cut short, one no image, one tiny."""
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    good = list_items(source)
+    for number, item in enumerate(good[:2]):
+        (folder / f"good{number}.jpg").write_bytes(storage.read_bytes(item.uri))
+    (folder / "cut.jpg").write_bytes(storage.read_bytes(good[2].uri)[:5000])
+    (folder / "text.png").write_bytes(b"this is no image")
+    Image.new("RGB", (80, 40)).save(folder / "tiny.png")
+    return str(folder)
+
+
+def test_too_many_rejects_stop_with_count_share_and_reasons(damaged, tmp_path, ray_local):
+    with pytest.raises(ValueError, match=r"3 of 5 images \(60.0%\) were rejected, max_reject_share is 1.0%") as caught:
+        make_shards(damaged, str(tmp_path / "set"), SETTINGS)
+    for part in ("cut%2Ejpg: cannot be decoded", "80x40 pixels: a side is below min_side_px=64", "raise max_reject"):
+        assert part in str(caught.value)
+    with pytest.raises(StorageError, match="no complete set of shards"):
+        read_shard_set(str(tmp_path / "set"))
+
+
+def test_allowed_rejects_are_listed_and_empty_shards_left_out(damaged, tmp_path, ray_local):
+    settings = ShardSettings(samples_per_shard=1, max_reject_share=0.7)
+    result = make_shards(damaged, str(tmp_path / "set"), settings)
+    assert len(result.shards) == result.num_samples == 2
+    assert {unquote(reject.key) for reject in result.index.rejects} == {"cut.jpg", "text.png", "tiny.png"}
+    assert {info.path.rpartition(".")[2] for info in storage.list_files(result.uri)} == {"tar", "json", "jsonl"}
+    assert len([info for info in storage.list_files(result.uri) if info.path.endswith(".tar")]) == 2
+    with pytest.raises(ValueError, match="3 of 5 images"):  # a stricter limit looks again
+        make_shards(damaged, str(tmp_path / "set"), settings.model_copy(update={"max_reject_share": 0.5}))
+
+
+def test_odd_files_by_the_stated_rules(tmp_path, ray_local):
+    """Good ones go in as they are, under their names; bad ones are listed with the reason."""
+    source, bad = tmp_path / "odd", bad_files()
+    for name, data in good_files().items() | {name: data for name, (data, _) in bad.items()}.items():
+        storage.write_bytes(str(source / name), data)
+    result = make_shards(str(source), str(tmp_path / "set"), ShardSettings(max_reject_share=0.6))
+    tar = storage.read_bytes(result.tar_uri(0))
+    assert {
+        unquote(sample.key): tar[sample.offset : sample.offset + sample.size] for sample in result.samples(0)
+    } == good_files()
+    assert {sample.ext for sample in result.samples(0)} == {"jpeg", "png"}
+    reasons = {unquote(reject.key): reject.reason for reject in result.index.rejects}
+    assert set(reasons) == set(bad)
+    assert all(reason in reasons[name] for name, (_, reason) in bad.items())
+    lines = storage.read_bytes(join(result.uri, "left-out.jsonl")).decode().splitlines()
+    assert {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines} == {
+        reject.key: reject.reason for reject in result.index.rejects
+    }
+
+
+def test_all_rejected_is_an_error_at_any_share(damaged, tmp_path, ray_local):
+    with pytest.raises(ValueError, match=r"5 of 5 images \(100.0%\)"):
+        make_shards(damaged, str(tmp_path), ShardSettings(min_side_px=5000, max_reject_share=1))
+
+
+def test_a_storage_error_in_a_task_comes_out_as_itself(source, tmp_path, ray_local):
+    (tmp_path / "file").write_bytes(b"")
+    plans = plan_shards(list_items(source), SETTINGS)
+    with pytest.raises(StorageError, match="a part of the path is a file") as caught:
+        list(in_order(complete_shard, ((plan, f"{tmp_path}/file/x", None) for plan in plans)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sidecar_that_was_changed_is_refused(made, tmp_path):
+    shutil.copytree(made.uri, tmp_path / "set")
+    (tmp_path / "set" / "shard-000001.json").write_text("{}")
+    with pytest.raises(StorageError, match=r"shard-000001\.json: it is not the sidecar"):
+        read_shard_set(str(tmp_path / "set")).samples(1)
+
+
+def test_an_index_of_another_kind_is_refused(made, tmp_path):
+    index = json.loads(storage.read_bytes(join(made.uri, "index.json"))) | {"surprise": 1}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(StorageError, match=r"index.json: surprise: Extra inputs are not permitted; make"):
+        read_shard_set(str(tmp_path))
+
+
+def test_the_digest_is_of_the_content_alone(made):
+    renamed = made.index.model_copy(update={"source": "elsewhere", "source_fingerprint": "0"})
+    assert ShardSet("/other", renamed).digest == made.digest
+
+
+@pytest.mark.integration
+def test_shards_in_an_object_store_equal_local_ones(made, source, s3):
+    """In a process of its own: Ray's workers take their S3 credentials from where Ray was started."""
+    code = f"""
+import ray
+from data_prep.shard import ShardSettings, make_shards
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=2**27)
+settings = ShardSettings(samples_per_shard=5, seed=3)
+made = make_shards({source!r}, {join(s3.uri, "set")!r}, settings)
+assert make_shards({source!r}, {join(s3.uri, "set")!r}, settings).digest == made.digest
+print(made.digest)"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip().endswith(made.digest), run.stderr
+    assert [shard.sha256 for shard in read_shard_set(join(s3.uri, "set")).shards] == [s.sha256 for s in made.shards]
