@@ -1,0 +1,214 @@
+"""Image files to pixels and back, without losing depth, alpha, orientation or colour profile.
+
+Pillow reads and writes 8 bits a channel; 16-bit PNG goes through imagecodecs, TIFF with 16 bits through tifffile.
+"""
+
+import io
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from model.files import write_atomically
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ORIENTATION = 0x0112
+"""EXIF's and TIFF's tag number."""
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, Image.DecompressionBombError),
+    RuntimeError,  # imagecodecs'
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a kind of file can hold, and how Pillow is to write it."""
+
+    deep: bool = False
+    """16 bits a channel."""
+    alpha: bool = False
+    """An alpha channel."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """For Pillow's `save`."""
+
+
+JPEG = Format(options=(("quality", 95), ("subsampling", 0)))
+FORMATS: dict[str, Format] = {
+    ".png": Format(deep=True, alpha=True),
+    ".tif": Format(deep=True, alpha=True),
+    ".tiff": Format(deep=True, alpha=True),
+    ".webp": Format(alpha=True, options=(("lossless", True),)),
+    ".jpg": JPEG,
+    ".jpeg": JPEG,
+    ".bmp": Format(),
+}
+"""By the ending of the file's name, in lower case."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pixels the right way up, and the colour profile that they are meant in."""
+
+    pixels: NDArray[Any]
+    """(H, W, C), uint8 or uint16; C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha)."""
+    profile: bytes | None = None
+    """ICC profile."""
+
+
+def read_picture(path: str | Path) -> Picture:
+    """The picture in a file, turned as its EXIF orientation says; palettes, CMYK and the like become RGB.
+
+    ValueError, naming the file, where it is missing, broken, animated, or has float pixels.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        deep_tiff = _deep_tiff(data) if data[:4] in TIFF_SIGNATURES else None
+        return deep_tiff or _picture(data)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} cannot be read: it is no image, or of a kind that is not known here") from error
+    except BROKEN as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _picture(data: bytes) -> Picture:
+    """A picture in any file but a TIFF of 16 bits."""
+    with Image.open(io.BytesIO(data)) as image:
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError("it holds several pictures, not one")
+        profile = image.info.get("icc_profile")
+        pixels = _deep_pixels(data, image)
+        if pixels is None:
+            return Picture(_eight_bit_pixels(ImageOps.exif_transpose(image)), profile)
+        return Picture(_turned(pixels, image.getexif().get(ORIENTATION, 1)), profile)
+
+
+def _deep_pixels(data: bytes, image: Image.Image) -> NDArray[Any] | None:
+    """Pixels (H, W, C) uint16 of a file with 16 bits a channel, as stored; None for 8 bits."""
+    if data.startswith(PNG_SIGNATURE):
+        return np.atleast_3d(imagecodecs.png_decode(data)) if data[24] == 16 else None
+    if image.mode == "F":
+        raise ValueError("float pixels have no fixed range; convert it to 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return None
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits; convert it to 16")
+    return pixels.astype(np.uint16)[:, :, None]
+
+
+def _deep_tiff(data: bytes) -> Picture | None:
+    """The picture in a TIFF file of 16 bits a channel, some of which Pillow cannot even open; None for 8 bits."""
+    with tifffile.TiffFile(io.BytesIO(data)) as tiff:
+        page = tiff.pages.first
+        if page.dtype is None or page.dtype.itemsize == 1:
+            return None
+        if page.dtype != np.uint16:
+            raise ValueError(f"its pixels are {page.dtype}; convert it to 8 or 16 bits")
+        if len(tiff.pages) > 1:
+            raise ValueError("it holds several pictures, not one")
+        pixels = page.asarray()
+        tag = page.tags.get(ORIENTATION)
+        profile = page.iccprofile
+    if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
+        pixels = np.moveaxis(pixels, 0, 2)
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        pixels = 65535 - pixels
+    elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
+        raise ValueError("16-bit pixels are known here as gray or RGB only; convert it to RGB")
+    pixels = np.atleast_3d(pixels).astype(np.uint16, copy=False)
+    return Picture(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
+
+
+def _eight_bit_pixels(image: Image.Image) -> NDArray[Any]:
+    transparent = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    gray = image.mode in ("1", "L", "LA", "La")
+    mode = ("LA" if transparent else "L") if gray else ("RGBA" if transparent else "RGB")
+    # Pillow turns a transparent gray level into alpha only on the way through RGBA.
+    through = "RGBA" if mode == "LA" and image.mode not in ("LA", "La") else mode
+    return np.atleast_3d(np.asarray(image.convert(through).convert(mode)))
+
+
+def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Stored pixels the right way up; orientations 1..8 as in EXIF (5..8 exchange rows and columns)."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def check_target(path: str | Path, like: Picture | None = None) -> None:
+    """ValueError where a file's ending is unknown, or cannot hold what the picture has."""
+    kind = FORMATS.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path}: choose an ending among {', '.join(FORMATS)}")
+    if like is not None and like.pixels.dtype == np.uint16 and not kind.deep:
+        raise ValueError(f"{path} cannot hold 16 bits a channel: choose .png or .tif")
+    if like is not None and like.pixels.shape[2] in (2, 4) and not kind.alpha:
+        raise ValueError(f"{path} cannot hold an alpha channel: choose .png, .webp or .tif")
+
+
+def write_picture(path: str | Path, picture: Picture) -> None:
+    """Write a file in the format that its ending names; it appears only when complete.
+
+    JPEG with quality 95 and full colour resolution, everything else without loss. ValueError as `check_target`.
+    """
+    path = Path(path)
+    check_target(path, picture)
+    data = encoded(picture, path.suffix.lower())
+    write_atomically(path, lambda part: _write(part, data))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def encoded(picture: Picture, suffix: str) -> bytes:
+    """The bytes of an image file."""
+    pixels = picture.pixels.squeeze(2) if picture.pixels.shape[2] == 1 else picture.pixels
+    if suffix in (".tif", ".tiff"):
+        return _tiff(pixels, picture)
+    if pixels.dtype == np.uint16:
+        return _with_profile(bytes(imagecodecs.png_encode(pixels)), picture.profile)
+    file = io.BytesIO()
+    kind = Image.registered_extensions()[suffix]
+    profile = {"icc_profile": picture.profile} if picture.profile and kind != "BMP" else {}
+    Image.fromarray(pixels).save(file, kind, **dict(FORMATS[suffix].options), **profile)
+    return file.getvalue()
+
+
+def _tiff(pixels: NDArray[Any], picture: Picture) -> bytes:
+    file = io.BytesIO()
+    channels = picture.pixels.shape[2]
+    tifffile.imwrite(
+        file,
+        pixels,
+        photometric="rgb" if channels > 2 else "minisblack",
+        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        planarconfig="contig" if channels > 1 else None,
+        compression="zlib",
+        iccprofile=picture.profile,
+        metadata=None,
+    )
+    return file.getvalue()
+
+
+def _with_profile(png: bytes, profile: bytes | None) -> bytes:
+    """A PNG file with an ICC profile right after the header chunk, where the standard wants it."""
+    if not profile:
+        return png
+    content = b"iCCP" + b"ICC profile\0\0" + zlib.compress(profile)
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    header_end = len(PNG_SIGNATURE) + 25
+    return png[:header_end] + chunk + png[header_end:]

@@ -1,0 +1,241 @@
+"""Weights in and out: published `.pth` files, safetensors, and the network that a state dict belongs to."""
+
+import hashlib
+import json
+import math
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.blocks import STAGES, UpscalingNetwork, stages_of
+from model.files import write_atomically
+from model.presets import build
+
+StateDict = dict[str, Tensor]
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """Tensors by name from a `.safetensors` file or a `.pth` that holds params_ema, params or them alone.
+
+    On the CPU. ValueError for a file that is missing, damaged, without tensors, or that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights file {path}")
+    if path.suffix != ".safetensors":
+        return _state_dict_in(_read_pickle(path), path)
+    try:
+        state = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if read_metadata(path).get("sha256", digest := content_sha256(state)) != digest:
+        raise ValueError(f"{path} is damaged: its tensors do not have the sha256 that its header names")
+    return state
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The header of a `.safetensors` file (see `save_safetensors`); nothing for other files.
+
+    ValueError for a file that cannot be read.
+    """
+    if Path(path).suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def content_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Hash of all tensors: names in order, types, shapes and bytes; not of how a file holds them."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state_dict.items()):
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors; not loaded, since that could run code. "
+            f"Save its state dict alone. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable PyTorch file: {error}") from error
+
+
+def _state_dict_in(content: Any, path: Path) -> StateDict:
+    for name in ("params_ema", "params"):
+        if isinstance(content, dict) and name in content:
+            content = content[name]
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds no state dict: expected params_ema, params or tensors by name")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+    return dict(content)
+
+
+def recognise(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of `build` that the shapes of a state dict tell: arch, scale and all sizes.
+
+    What leaves no trace in the weights (conv_scale, interval_size, img_range, drop_path_rate) is not in the
+    answer. ValueError, naming what is missing, for a state dict of another architecture.
+    """
+    try:
+        is_hmanet = "layers.0.residual_group.gab.qkv.weight" in state_dict
+        return _hmanet_arguments(state_dict) if is_hmanet else _hat_arguments(state_dict)
+    except (KeyError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"not the state dict of a network known here (hat, hmanet): {error} is missing or empty"
+        ) from error
+
+
+def _common_arguments(state: Mapping[str, Tensor], first_block: str) -> dict[str, Any]:
+    factors = stages_of(state)
+    if factors not in STAGES.values():
+        raise ValueError(f"upsampling stages of factors {factors} belong to no known scale")
+    embed_dim = len(state["conv_first.weight"])
+    depths, num_heads = _groups(state)
+    return {
+        "scale": math.prod(factors),
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "num_heads": num_heads,
+        "window_size": (math.isqrt(len(state[first_block + "attn.relative_position_bias_table"])) + 1) // 2,
+        "mlp_ratio": len(state[first_block + "mlp.fc1.weight"]) / embed_dim,
+    }
+
+
+def _hmanet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {"arch": "hmanet"} | _common_arguments(state, "layers.0.residual_group.blocks.1.")
+
+
+def _hat_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    first_block = "layers.0.residual_group.blocks.0."
+    common = _common_arguments(state, first_block)
+    window_size, embed_dim = common["window_size"], common["embed_dim"]
+    overlap_table = state["layers.0.residual_group.overlap_attn.relative_position_bias_table"]
+    overlap_size = math.isqrt(len(overlap_table)) - window_size + 1
+    return (
+        {"arch": "hat"}
+        | common
+        | {
+            "compress_ratio": embed_dim // len(state[first_block + "conv_block.cab.0.weight"]),
+            "squeeze_factor": embed_dim // len(state[first_block + "conv_block.cab.3.attention.1.weight"]),
+            "overlap_ratio": (overlap_size - window_size) / window_size,
+        }
+    )
+
+
+def _groups(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Attention blocks and heads of each group."""
+    tables: dict[int, list[Tensor]] = {}
+    for key, value in state.items():
+        found = re.fullmatch(r"layers\.(\d+)\.residual_group\.blocks\.\d+\.attn\.relative_position_bias_table", key)
+        if found:
+            tables.setdefault(int(found[1]), []).append(value)
+    groups = [tables[number] for number in range(len(tables))]
+    return [len(group) for group in groups], [group[0].shape[1] for group in groups]
+
+
+def load(weights: str | Path | Mapping[str, Tensor], **overrides: Any) -> UpscalingNetwork:
+    """The network that a weights file or state dict belongs to, on the CPU, in eval mode.
+
+    Its sizes come from the shapes, what shapes do not tell (e.g. HMANet's interval_size) from the config in a
+    safetensors file's header, else the published values; `overrides` are arguments of `build` and come first.
+    ValueError for an unreadable file, an unknown architecture, or weights that do not fit.
+    """
+    state = weights if isinstance(weights, Mapping) else read_weights(weights)
+    untold = {} if isinstance(weights, Mapping) else _config_of(Path(weights))
+    network = build(**(untold | recognise(state) | overrides))
+    load_strictly(network, state)
+    return network.eval()
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """The arguments of `build` in a file's header, or none."""
+    try:
+        config = json.loads(read_metadata(path).get("config", "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the config in its header is no JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: the config in its header is no mapping of arguments")
+    return config
+
+
+def load_strictly(network: UpscalingNetwork, state: Mapping[str, Tensor]) -> None:
+    """Copy a state dict into a network; ValueError names the first keys that differ.
+
+    Position indices must hold our values: other ones mean another meaning of the bias tables.
+    """
+    own = network.state_dict()
+    problems = _first("missing", [key for key in own if key not in state])
+    problems += _first("unexpected", [key for key in state if key not in own])
+    shared = [key for key in own if key in state]
+    misshapen = [key for key in shared if own[key].shape != state[key].shape]
+    problems += _first(
+        "of another shape",
+        [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in misshapen],
+    )
+    indices = [key for key in shared if not own[key].is_floating_point() and key not in misshapen]
+    problems += _first(
+        "of another value", [key for key in indices if not torch.equal(own[key], state[key].to(own[key]))]
+    )
+    if problems:
+        raise ValueError(f"weights do not fit {network.arch} x{network.scale}: {'; '.join(problems)}")
+    network.load_state_dict(state)
+
+
+def _first(what: str, keys: list[str], limit: int = 3) -> list[str]:
+    more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
+    return [f"{what}: {', '.join(keys[:limit])}{more}"] if keys else []
+
+
+def save_pth(path: str | Path, state_dict: Mapping[str, Tensor]) -> None:
+    """Write the published layout, {"params_ema": tensors}; the file appears only when complete."""
+    content = {"params_ema": _on_cpu(state_dict)}
+    write_atomically(Path(path), lambda part: torch.save(content, part))
+
+
+def save_safetensors(path: str | Path, state_dict: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; the file appears only when complete.
+
+    Its header holds `metadata` and the `sha256` of the tensors, which `read_weights` checks. Hatchery's own files
+    name arch, scale, config (JSON: the arguments of `build`) and where the weights come from.
+    """
+    content = _on_cpu(state_dict)
+    metadata = metadata | {"sha256": content_sha256(content)}
+    write_atomically(Path(path), lambda part: safetensors.torch.save_file(content, part, metadata=metadata))
+
+
+def _on_cpu(state_dict: Mapping[str, Tensor]) -> StateDict:
+    """Own copies: views would drag their whole storage into the file."""
+    return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state_dict.items()}
+
+
+def save_network(path: str | Path, network: UpscalingNetwork, **lineage: str) -> None:
+    """Write a network as `.safetensors` with its arch, scale, config and lineage, or as `.pth` (tensors only).
+
+    ValueError for another ending.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"{path}: choose an ending among .safetensors, .pth")
+    if suffix == ".pth":
+        save_pth(path, network.state_dict())
+    else:
+        about = {"arch": network.arch, "scale": str(network.scale), "config": json.dumps(network.config)}
+        save_safetensors(path, network.state_dict(), about | lineage)

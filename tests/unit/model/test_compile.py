@@ -1,0 +1,45 @@
+"""The networks under `torch.compile`: one graph without breaks, and the same results."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tests.unit.model.tiny import tiny, tiny_hmanet
+
+NETWORKS = {"hat": tiny, "hmanet": tiny_hmanet}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled by one test is left to the next."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def outputs_and_gradients(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    network.zero_grad()
+    out = network(x)
+    out.square().mean().backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return [out.detach(), *(gradient.clone() for gradient in gradients)]
+
+
+@pytest.mark.parametrize(("checkpoint", "backend"), [("none", "aot_eager"), ("block", "eager")])
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_one_graph_without_breaks_and_the_same_results(arch: str, checkpoint: str, backend: str) -> None:
+    """`aot_eager` traces the backward pass as well, with the operators that the default compiler gets to see."""
+    network = NETWORKS[arch](checkpoint=checkpoint).double().train()
+    x = torch.rand(1, 3, 8, 16, dtype=torch.float64)
+    expected = outputs_and_gradients(network, x)
+    network.compile(backend=backend)
+    results = outputs_and_gradients(network, x)
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] == 1
+    assert len(results) == len(expected) == 1 + len(list(network.parameters()))
+    for ours, plain in zip(results, expected, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-12)

@@ -1,0 +1,99 @@
+"""ONNX files and torch.export programs against the network, at sizes that the export never saw."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from model import export as exports
+from model import load
+from model.blocks import UpscalingNetwork
+from model.export import Padded, export_onnx, save_program
+from model.inference import upscale_tensor
+from model.tiles import padded
+from tests.shared_data import shared
+from tests.unit.model.tiny import tiny
+
+NETWORKS = ("hat", "hmanet")
+SIZES = [(9, 9), (16, 16), (24, 9), (13, 40), (64, 33)]
+BELOW_A_WINDOW = [(8, 8), (3, 17), (2, 1), (1, 1)]
+
+
+@cache
+def network(arch: str) -> UpscalingNetwork:
+    """Golden weights: random ones that answer strongly."""
+    if arch == "hat":
+        return load(shared("golden/hat_x3_w8.pth"))
+    return load(shared("golden/hmanet_x4_w8.pth"), interval_size=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_onnx_equals_the_network_at_any_size(arch: str, folder: Path) -> None:
+    path = folder / f"{arch}.onnx"
+    assert export_onnx(path, network(arch)) <= 1e-4
+    session = onnxruntime.InferenceSession(str(path))
+    for size in SIZES + BELOW_A_WINDOW:
+        low_res = torch.rand(1, 3, *size)
+        (out,) = session.run(["high_res"], {"low_res": low_res.numpy()})
+        assert (torch.from_numpy(out) - upscale_tensor(network(arch), low_res)).abs().max() <= 1e-4, size
+    onnx.checker.check_model(path)
+    metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(metadata["hatchery"]) == network(arch).config
+    assert [item.name for item in folder.iterdir()] == [path.name]
+    path.unlink()
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_programs_equal_the_network_above_a_window(arch: str, folder: Path) -> None:
+    path = folder / f"{arch}.pt2"
+    save_program(path, network(arch))
+    about = {"hatchery.json": ""}
+    program = torch.export.load(path, extra_files=about)
+    assert json.loads(about["hatchery.json"]) == network(arch).config
+    for size in SIZES:
+        low_res = torch.rand(1, 3, *size)
+        assert (program.module()(low_res) - upscale_tensor(network(arch), low_res)).abs().max() <= 1e-5, size
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program.module()(torch.rand(1, 3, 8, 8))
+    path.unlink()
+
+
+@pytest.mark.parametrize("size", SIZES + BELOW_A_WINDOW + [(5, 12)])
+def test_padding_inside_the_graph_is_that_of_inference(size: tuple[int, int]) -> None:
+    x = torch.rand(1, 3, *size)
+    seen: list[torch.Tensor] = []
+    module = Padded(tiny())
+    module.network.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        out = module(x)
+    assert torch.equal(seen[0], padded(x, 8))
+    assert out.shape == (1, 3, 2 * size[0], 2 * size[1])
+
+
+def test_exporting_leaves_the_network_as_it_was() -> None:
+    network = tiny(1, depths=(1,), drop_path_rate=0.5).double().train()
+    exports.export_program(network)
+    assert network.training
+    assert network.conv_first.weight.dtype == torch.float64
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match=r"differs from the network by .* not written"):
+        export_onnx(tmp_path / "a.onnx", tiny(1, depths=(1,)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"onnxscript is missing\): pip install 'hatchery\[export\]'"):
+        exports.require_onnx()

@@ -1,0 +1,194 @@
+"""Image files in and out: depth, alpha, orientation and colour profile."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageCms, ImageOps
+
+from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def pixels(channels: int, dtype: Any = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, (7, 9, channels), dtype=dtype)
+
+
+HELD = [
+    (suffix, channels, dtype)
+    for suffix, kind in FORMATS.items()
+    for channels in ((1, 2, 3, 4) if kind.alpha else (1, 3))
+    for dtype in ((np.uint8, np.uint16) if kind.deep else (np.uint8,))
+    if not kind.options
+]
+
+
+@pytest.mark.parametrize(("suffix", "channels", "dtype"), HELD)
+def test_what_is_written_is_read_again(suffix: str, channels: int, dtype: Any, tmp_path: Path) -> None:
+    written = Picture(pixels(channels, dtype), PROFILE if suffix != ".bmp" else None)
+    write_picture(tmp_path / f"a{suffix}", written)
+    read = read_picture(tmp_path / f"a{suffix}")
+    assert read.pixels.dtype == dtype
+    assert np.array_equal(read.pixels, written.pixels)
+    assert read.profile == written.profile
+    assert [path.name for path in tmp_path.iterdir()] == [f"a{suffix}"]
+
+
+def test_webp_is_lossless_and_keeps_alpha(tmp_path: Path) -> None:
+    levels = pixels(4)
+    levels[..., 3] |= 1  # wholly transparent pixels lose their colour
+    write_picture(tmp_path / "a.webp", Picture(levels, PROFILE))
+    assert np.array_equal(read_picture(tmp_path / "a.webp").pixels, levels)
+
+
+def test_jpeg_is_of_high_quality(tmp_path: Path) -> None:
+    smooth = np.broadcast_to(np.linspace(0, 255, 32, dtype=np.uint8)[:, None, None], (32, 32, 3)).copy()
+    write_picture(tmp_path / "a.JPG", Picture(smooth, PROFILE))
+    read = read_picture(tmp_path / "a.JPG")
+    assert np.abs(read.pixels.astype(int) - smooth).max() <= 6
+    assert read.profile == PROFILE
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("deep", [False, True])
+def test_orientation_is_applied(suffix: str, orientation: int, deep: bool, tmp_path: Path) -> None:
+    """8 bits as Pillow turns them; 16 bits must turn the same way."""
+    levels = np.broadcast_to(np.arange(16, dtype=np.uint8).reshape(2, 8)[:, :, None] * 16, (2, 8, 3)).copy()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(levels)
+    expected = image.copy()
+    expected.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(expected))
+    path = tmp_path / f"a{suffix}"
+    if not deep:
+        image.save(path, exif=exif, **({"quality": 100} if suffix == ".jpg" else {}))
+        assert np.abs(read_picture(path).pixels.astype(int) - expected).max() <= (8 if suffix == ".jpg" else 0)
+    elif suffix == ".tif":
+        tifffile.imwrite(
+            path, levels.astype(np.uint16) * 257, photometric="rgb", extratags=[(274, 3, 1, orientation, True)]
+        )
+        assert np.array_equal(read_picture(path).pixels, expected.astype(np.uint16) * 257)
+    elif suffix == ".png":
+        path.write_bytes(with_exif(imagecodecs.png_encode(levels.astype(np.uint16) * 257), exif))
+        assert np.array_equal(read_picture(path).pixels, expected.astype(np.uint16) * 257)
+
+
+def with_exif(png: bytes, exif: Image.Exif) -> bytes:
+    """A PNG with the eXIf chunk that Pillow writes for it."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG", exif=exif)
+    donor = file.getvalue()
+    at = donor.index(b"eXIf") - 4
+    length = int.from_bytes(donor[at : at + 4], "big") + 12
+    return png[:33] + donor[at : at + length] + png[33:]
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels"), [("1", 1), ("P", 3), ("CMYK", 3), ("YCbCr", 3), ("LA", 2), ("PA", 4), ("I;16", 1)]
+)
+def test_other_kinds_become_gray_or_rgb(mode: str, channels: int, tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(3)).convert("L" if mode == "I;16" else mode if mode != "PA" else "P")
+    path = tmp_path / ("a.png" if mode in ("1", "P", "PA", "LA", "I;16") else "a.tif")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    image.save(path, **({"transparency": 0} if mode == "PA" else {}))
+    read = read_picture(path)
+    assert read.pixels.shape == (7, 9, channels)
+    assert read.pixels.dtype == (np.uint16 if mode == "I;16" else np.uint8)
+
+
+def test_a_transparent_gray_level_becomes_alpha(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 9], [9, 255]], np.uint8)).save(tmp_path / "a.png", transparency=9)
+    read = read_picture(tmp_path / "a.png").pixels
+    assert read[..., 1].tolist() == [[255, 0], [0, 255]]
+    assert read[0, 0, 0] == 0
+
+
+def test_tiff_of_separate_planes_and_inverted_gray(tmp_path: Path) -> None:
+    levels = pixels(3, np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(levels, 2, 0), photometric="rgb", planarconfig="separate")
+    assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, levels)
+    tifffile.imwrite(tmp_path / "b.tif", levels[..., 0], photometric="miniswhite")
+    assert np.array_equal(read_picture(tmp_path / "b.tif").pixels[..., 0], 65535 - levels[..., 0])
+
+
+def test_compressed_tiff(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", pixels(3, np.uint16), photometric="rgb", compression="lzw", predictor=True)
+    assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels(3, np.uint16))
+
+
+def broken(name: str, folder: Path) -> Path:
+    path = folder / name
+    if name == "float.tif":
+        tifffile.imwrite(path, pixels(1)[..., 0].astype(np.float32))
+    elif name == "wide.tif":
+        tifffile.imwrite(path, pixels(1)[..., 0].astype(np.uint32))
+    elif name == "cmyk.tif":
+        tifffile.imwrite(path, pixels(4, np.uint16), photometric="separated")
+    elif name == "pages.tif":
+        tifffile.imwrite(path, np.stack([pixels(3, np.uint16)] * 2), photometric="rgb")
+    elif name == "moving.gif":
+        frames = [Image.fromarray(pixels(3)), Image.fromarray(255 - pixels(3))]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    elif name == "float.pfm":
+        Image.fromarray(pixels(1)[..., 0].astype(np.float32)).save(path)
+    elif name == "wide.pgm":
+        path.write_bytes(b"P5 2 1 4294967295\n" + b"\xff" * 8)
+    elif name.startswith("cut"):
+        levels = pixels(3, np.uint16 if "deep" in name else np.uint8)
+        write_picture(path, Picture(levels))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    elif name != "missing.png":
+        path.write_bytes(b"" if name == "empty.png" else b"no image")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.png", "No such file"),
+        ("empty.png", "it is no image"),
+        ("text.jpg", "it is no image"),
+        ("cut.png", "cannot be read"),
+        ("cut.jpg", "(?i)truncated"),
+        ("cut-deep.png", "cannot be read"),
+        ("cut-deep.tif", "cannot be read"),
+        ("float.tif", "float32; convert it to 8 or 16 bits"),
+        ("wide.tif", "uint32; convert it to 8 or 16 bits"),
+        ("cmyk.tif", "gray or RGB only; convert it to RGB"),
+        ("float.pfm", "float pixels have no fixed range"),
+        ("wide.pgm", "cannot be read"),
+        ("pages.tif", "holds several pictures, not one"),
+        ("moving.gif", "holds several pictures, not one"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(name: str, message: str, tmp_path: Path) -> None:
+    path = broken(name, tmp_path)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_picture(path)
+    assert str(raised.value).startswith(f"{path} cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "dtype", "message"),
+    [
+        ("a.gif", 3, np.uint8, r"choose an ending among \.png"),
+        ("a.jpg", 4, np.uint8, "cannot hold an alpha channel"),
+        ("a.bmp", 2, np.uint8, "cannot hold an alpha channel"),
+        ("a.webp", 3, np.uint16, "cannot hold 16 bits"),
+    ],
+)
+def test_files_that_cannot_hold_the_picture(name: str, channels: int, dtype: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_picture(tmp_path / name, Picture(pixels(channels, dtype)))
+    assert not list(tmp_path.iterdir())
+    if name == "a.gif":
+        with pytest.raises(ValueError, match=message):
+            check_target(name)
