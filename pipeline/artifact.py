@@ -1,0 +1,145 @@
+"""Artifacts: what a stage leaves in the storage, published by a marker that is written last.
+
+`{storage}/{stage}/{fingerprint[:16]}/artifact.json` is that marker. The fingerprint covers the stage's config and
+the content digests of its inputs, so changed inputs or config lead to a new place, and unchanged ones to the old.
+"""
+
+import datetime
+import functools
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from data_prep import storage
+from pipeline.config import Settings, digest_of
+
+MARKER = "artifact.json"
+
+
+class FileEntry(Settings):
+    """One file of an artifact."""
+
+    sha256: str
+    size_bytes: int
+
+
+class Artifact(Settings):
+    """A finished stage's result: where it lies, what it holds, what it was made from."""
+
+    stage: str
+    uri: str
+    fingerprint: str = Field(description="sha256 over stage, config and the inputs' digests")
+    digest: str = Field(description="sha256 over the content alone: what later stages depend on")
+    inputs: dict[str, str] = Field(default_factory=dict, description="input stage -> its digest")
+    config: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    info: dict[str, Any] = Field(default_factory=dict, description="what a person or a later stage wants to know")
+    created: str = ""
+    code: dict[str, str] = Field(default_factory=dict, description="git revision and library versions")
+
+    def file_uri(self, name: str) -> str:
+        """The URI of one of its files."""
+        if name not in self.files:
+            raise KeyError(f"artifact {self.uri} has no file {name!r}, it has {sorted(self.files)}")
+        return storage.join(self.uri, name)
+
+
+def place(storage_uri: str, stage: str, fingerprint: str) -> str:
+    """The folder that the artifact of a stage with this fingerprint lives in."""
+    return storage.join(storage_uri, stage, fingerprint[:16])
+
+
+def find(storage_uri: str, stage: str, fingerprint: str) -> Artifact | None:
+    """The finished artifact of a stage, or None; ValueError when its marker cannot be read."""
+    uri = storage.join(place(storage_uri, stage, fingerprint), MARKER)
+    if not storage.exists(uri):
+        return None
+    try:
+        artifact = Artifact.model_validate_json(storage.read_bytes(uri))
+    except ValidationError as error:
+        raise ValueError(
+            f"{uri} is not an artifact marker ({error.error_count()} faults): delete it to redo the stage"
+        ) from error
+    if artifact.fingerprint != fingerprint:
+        raise ValueError(
+            f"{uri} has fingerprint {artifact.fingerprint}, expected {fingerprint}: delete it to redo the stage"
+        )
+    # an artifact folder that was copied or mounted elsewhere is found where it is now
+    return artifact.model_copy(update={"uri": place(storage_uri, stage, fingerprint)})
+
+
+def publish(
+    storage_uri: str,
+    stage: str,
+    fingerprint: str,
+    *,
+    inputs: dict[str, str],
+    config: dict[str, Any],
+    local_files: dict[str, Path] | None = None,
+    info: dict[str, Any] | None = None,
+    digest: str | None = None,
+) -> Artifact:
+    """Upload a stage's files, then its marker. `digest` defaults to the sha256 over the files' hashes."""
+    uri = place(storage_uri, stage, fingerprint)
+    files: dict[str, FileEntry] = {}
+    for name, path in sorted((local_files or {}).items()):
+        storage.upload(path, storage.join(uri, name))
+        files[name] = FileEntry(sha256=storage.sha256_of(str(path)), size_bytes=path.stat().st_size)
+    artifact = Artifact(
+        stage=stage,
+        uri=uri,
+        fingerprint=fingerprint,
+        digest=digest or digest_of({name: entry.sha256 for name, entry in files.items()}),
+        inputs=inputs,
+        config=config,
+        files=files,
+        info=info or {},
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        code=code_versions(),
+    )
+    storage.write_bytes(storage.join(uri, MARKER), artifact.model_dump_json(indent=1).encode())
+    return artifact
+
+
+def fetch(artifact: Artifact, name: str, folder: Path) -> Path:
+    """A file of an artifact on the local disk, checked against its recorded hash."""
+    local = folder / f"{artifact.files[name].sha256[:16]}-{Path(name).name}"
+    if not local.exists():
+        storage.download(artifact.file_uri(name), local)
+    if storage.sha256_of(str(local)) != artifact.files[name].sha256:
+        local.unlink()
+        raise ValueError(
+            f"{artifact.file_uri(name)} differs from the sha256 recorded when it was published: "
+            f"restore it, or delete {artifact.uri}/{MARKER} to redo stage {artifact.stage}"
+        )
+    return local
+
+
+@functools.cache
+def code_versions() -> dict[str, str]:
+    """Git revision (with `+changes` for an unclean tree) and versions of the libraries that shape results."""
+    versions = {
+        name: version(name) for name in ("torch", "deepspeed", "ray", "webdataset", "mlflow", "numpy", "pillow")
+    }
+    return {"git": _git_revision()} | versions
+
+
+def _git_revision() -> str:
+    root = Path(__file__).resolve().parents[1]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+changes",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"  # a job's working directory is uploaded without .git

@@ -1,0 +1,393 @@
+"""Recipes: pydantic models, YAML files that extend one another, `a.b=c` overrides, cross checks.
+
+A recipe says *what* is trained; `compute`, `storage` and `tracking` say *where*. Only the former enters an
+artifact's fingerprint, so moving a run to other machines never changes what it trains.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from data_prep import storage
+from model import build
+from pipeline.benchmark import Protocol
+from pipeline.rule import GateConfig
+from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
+
+__all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten", "load_recipe", "tracking_uri"]
+
+EVALUATION_SCALES = (2, 3, 4, 8)
+
+
+class StorageConfig(Settings):
+    """Where artifacts are kept."""
+
+    uri: str = Field("runs", description="folder or s3://bucket/prefix that receives every artifact")
+
+
+class TrackingConfig(Settings):
+    """The MLflow server that is told everything."""
+
+    uri: str | None = Field(
+        None,
+        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri",
+    )
+    experiment: str = Field("hatchery", description="MLflow experiment that holds the runs")
+
+
+class ComputeConfig(Settings):
+    """How the work is spread over a cluster; changes nothing about the result."""
+
+    num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        1, description="training processes (one per GPU); [min, max]: goes on with fewer when nodes are lost"
+    )
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: one GPU per worker where the cluster has GPUs")
+    cpus_per_worker: int = Field(1, ge=1, description="CPU cores reserved and torch threads per training process")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload: Literal["none", "optimizer"] = Field(
+        "none", description="optimizer: fp32 weights, moments and averages of ZeRO 1 to 3 live in the host's memory"
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        4, description="samples per forward pass and process; accumulation is derived; auto: as many as fit"
+    )
+    memory_limit_gb: float | None = Field(
+        None, gt=0, description="for micro_batch auto: memory of a process; default the GPU's, or a share of the host's"
+    )
+    activation_checkpoint: Literal["none", "block"] = Field(
+        "none", description="block: recompute each block's activations in the backward pass"
+    )
+    loader_workers: int = Field(0, ge=0, description="data loading processes per training process (0: in-process)")
+    max_failures: int = Field(3, ge=-1, description="restarts after lost workers before the run fails (-1: no limit)")
+    hang_timeout_s: float = Field(
+        900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
+    )
+    resize_every_s: float = Field(300, gt=0, description="with [min, max] workers: how often more are looked for")
+    checkpoints_kept: int = Field(2, ge=1, description="newest training checkpoints kept in the storage")
+    bad_steps_tolerated: int = Field(
+        5, ge=0, description="non-finite steps in a row that are skipped; one more goes back to the last checkpoint"
+    )
+    max_rollbacks: int = Field(3, ge=0, description="times to go back, with fresh data, before the training fails")
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="[first, last]: these steps of each training are traced by torch.profiler, kept in MLflow"
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest training processes that a training goes on with."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The training processes that a training has while nothing is lost."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ComputeConfig":
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"num_workers {list(self.num_workers)} must be [min, max]: swap them")  # type: ignore[arg-type]
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload 'optimizer' needs a partitioned optimizer: set zero_stage to 1, 2 or 3")
+        if self.profile_steps and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(f"profile_steps {list(self.profile_steps)} must be [first, last], from 1 on")
+        return self
+
+
+class ModelConfig(Settings):
+    """The network; `options` are the arguments of `model.build`."""
+
+    arch: str = Field(description="hat_s | hat | hat_l | ... as `model.build` knows them")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="constructor arguments that differ from the preset"
+    )
+
+
+class DataConfig(Settings):
+    """A training set: where its images come from and how they are sharded."""
+
+    source: str = Field(description="folder, s3://bucket/prefix, or photographs: (those that scikit-image ships)")
+    include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
+    samples_per_shard: int = Field(512, ge=1, description="images per WebDataset tar")
+    min_side_px: int = Field(64, ge=1, description="images with a shorter side are rejected, with the reason listed")
+    max_reject_share: float = Field(0.01, ge=0, le=1, description="share of rejected images that fails the stage")
+
+
+class MixPartConfig(Settings):
+    """Sets of `data` that are served as one within a mix."""
+
+    data: tuple[str, ...] = Field(min_length=1, description="names of sets in `data`")
+    share: float = Field(gt=0, description="share of all samples, relative to the other parts'")
+
+
+class PhaseConfig(Settings):
+    """One kind of training: optimizer, schedule, batch. Several stages share a phase."""
+
+    data: str = Field(description="name of the set in `data`, or of the mix in `mixes`, to train on")
+    steps: int = Field(ge=1, description="optimizer steps")
+    global_batch: int = Field(32, ge=1, description="samples per optimizer step over all processes")
+    patch_px: int = Field(64, ge=8, description="side of the square low-resolution crop")
+    lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's moments")
+    weight_decay: float = Field(0.0, ge=0, description="L2 penalty added to the gradient, as in torch.optim.Adam")
+    milestones: tuple[int, ...] = Field((), description="steps at which the learning rate is multiplied by gamma")
+    gamma: float = Field(0.5, gt=0, le=1)
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise; needed after start: bicubic")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights")
+    loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast where the processor or GPU has it; weights are fp32 always"
+    )
+    low_res_rounding: Literal["float", "uint8"] = Field(
+        "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
+    )
+    cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
+    checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
+    log_every: int = Field(100, ge=1, description="steps between metrics")
+
+    def what(self) -> dict[str, Any]:
+        """What decides the result: all but intervals and caches."""
+        return self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "cache_decoded_bytes"})
+
+    @model_validator(mode="after")
+    def _milestones_rise(self) -> "PhaseConfig":
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones {list(self.milestones)} must rise strictly: sort them")
+        return self
+
+
+class TrainingConfig(Settings):
+    """One node of the recipe's graph: a network of one scale, trained in one phase."""
+
+    scale: Literal[1, 2, 3, 4, 8]
+    phase: str = Field(description="name of the phase in `phases`")
+    init_from: str | None = Field(None, description="an earlier training to start from; other scale: a cascade stage")
+    init_weights: str | None = Field(
+        None, description="weights to start from, any scale: path or URI of .pth or .safetensors, models:/NAME@alias"
+    )
+    start: Literal["published", "bicubic"] = Field(
+        "published",
+        description="without init_from: the paper's random start, or bicubic interpolation exactly",
+    )
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "TrainingConfig":
+        given = [key for key in ("init_from", "init_weights") if getattr(self, key)]
+        if self.start != "published":
+            given.append("start")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude one another: a training has one start, keep one of them")
+        return self
+
+
+class ValidationConfig(Settings):
+    """A look at the averaged weights while they are trained, on images of the gate's first set."""
+
+    every: int = Field(0, ge=0, description="steps between two validations; 0: none")
+    max_images: int = Field(8, ge=1, description="the set's first images")
+    pictures: int = Field(2, ge=0, description="comparison pictures per validation, in the stage's MLflow run")
+    export: Literal["last", "best"] = Field(
+        "last", description="which averaged weights a training ends with: the last, or the best by the gate's metric"
+    )
+
+    @model_validator(mode="after")
+    def _best_of_some(self) -> "ValidationConfig":
+        if self.export == "best" and not self.every:
+            raise ValueError("export 'best' needs validations to choose by: set every")
+        return self
+
+
+class CascadeConfig(Settings):
+    """How weights of one scale start another (see model.init.transfer)."""
+
+    tail: Literal["fresh", "bicubic", "resample"] = Field("resample", description="what becomes of the upsampler")
+
+
+class EvaluateConfig(Settings):
+    """Benchmarks by the published protocol."""
+
+    sets: dict[str, str] = Field(
+        default_factory=dict,
+        description="name -> folder with HR/ and LR_bicubic/X2 ..., or just images, or photographs:",
+    )
+    include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
+    models: tuple[str, ...] = Field((), description="trainings to evaluate; empty: those that nothing starts from")
+    pictures: int = Field(2, ge=0, description="so many of the worst images, and of the best, as pictures per set")
+    protocol: Protocol = Protocol()
+
+
+class RegistryConfig(Settings):
+    """The MLflow model registry and the gate before `champion`."""
+
+    name: str = Field(description="registered model name; the scale is appended: NAME-x2")
+    gate: GateConfig
+
+
+class Places(Settings):
+    """Where things run and are kept; never part of what they are."""
+
+    storage: StorageConfig = StorageConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    compute: ComputeConfig = ComputeConfig()
+
+
+class Recipe(Places):
+    """Everything about one run of the pipeline."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
+    model: ModelConfig
+    data: dict[str, DataConfig]
+    mixes: dict[str, tuple[MixPartConfig, ...]] = Field(
+        default_factory=dict, description="name -> sets served together by shares, exactly and whatever the workers"
+    )
+    phases: dict[str, PhaseConfig]
+    trainings: dict[str, TrainingConfig]
+    validation: ValidationConfig = ValidationConfig()
+    cascade: CascadeConfig = CascadeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    registry: RegistryConfig
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> "Recipe":
+        _check_references(self)
+        _check_batches(self)
+        _check_evaluation(self)
+        _check_networks(self)
+        return self
+
+    @property
+    def final_trainings(self) -> list[str]:
+        """The trainings to be judged and registered: the named ones, else those that nothing starts from."""
+        if self.evaluate.models:
+            return list(self.evaluate.models)
+        sources = {training.init_from for training in self.trainings.values()}
+        return [name for name in self.trainings if name not in sources]
+
+    @property
+    def used_data(self) -> set[str]:
+        """The sets of `data` that some phase trains on, by itself or in a mix."""
+        return {name for phase in self.phases.values() for name in self.data_of(phase.data)}
+
+    def data_of(self, name: str) -> tuple[str, ...]:
+        """The sets of `data` behind the name of a set or a mix."""
+        return tuple(data for part in self.mixes[name] for data in part.data) if name in self.mixes else (name,)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what is trained, without where."""
+        return digest_of(self.model_dump(mode="json", exclude={"storage", "tracking", "compute"}))
+
+
+def _check_references(recipe: Recipe) -> None:
+    if not recipe.trainings:
+        raise ValueError("trainings is empty: name at least one training")
+    seen: list[str] = []
+    for name, training in recipe.trainings.items():
+        if training.phase not in recipe.phases:
+            raise ValueError(
+                f"trainings.{name}.phase {training.phase!r} is not one of phases: {', '.join(recipe.phases)}"
+            )
+        if training.init_from and training.init_from not in seen:
+            raise ValueError(
+                f"trainings.{name}.init_from {training.init_from!r} is not an earlier training "
+                f"(earlier: {', '.join(seen) or 'none'}): a cascade starts each scale from one trained before it"
+            )
+        seen.append(name)
+    for name in recipe.mixes:
+        unknown = [data for data in recipe.data_of(name) if data not in recipe.data]
+        if unknown:
+            raise ValueError(f"mixes.{name} asks for {unknown[0]!r}, not one of data: {', '.join(recipe.data)}")
+        if name in recipe.data:
+            raise ValueError(f"{name!r} is in data and in mixes: give the mix another name")
+    for name, phase in recipe.phases.items():
+        if phase.data not in (*recipe.data, *recipe.mixes):
+            known = ", ".join((*recipe.data, *recipe.mixes))
+            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {known}")
+
+
+def _check_batches(recipe: Recipe) -> None:
+    workers, micro_batch = recipe.compute.max_workers, recipe.compute.micro_batch
+    for name, phase in recipe.phases.items():
+        if phase.global_batch < workers:
+            raise ValueError(
+                f"phases.{name}.global_batch {phase.global_batch} is less than compute.num_workers {workers}: "
+                f"use fewer workers, the global batch is the recipe"
+            )
+        if micro_batch != "auto" and phase.global_batch < micro_batch:
+            raise ValueError(
+                f"phases.{name}.global_batch {phase.global_batch} is less than compute.micro_batch {micro_batch}: "
+                f"lower compute.micro_batch"
+            )
+
+
+def _check_evaluation(recipe: Recipe) -> None:
+    sets = recipe.evaluate.sets
+    for name in recipe.evaluate.models:
+        if name not in recipe.trainings:
+            raise ValueError(f"evaluate.models {name!r} is not one of trainings: {', '.join(recipe.trainings)}")
+    for name in recipe.evaluate.include:
+        if name not in sets:
+            raise ValueError(f"evaluate.include {name!r} is not one of evaluate.sets: {', '.join(sets) or 'none'}")
+    for name in recipe.registry.gate.sets:
+        if name not in sets:
+            raise ValueError(
+                f"registry.gate asks about {name!r}, not one of evaluate.sets: {', '.join(sets) or 'none'}"
+            )
+    if recipe.registry.gate.metric == "psnr_rgb" and not recipe.evaluate.protocol.rgb:
+        raise ValueError("registry.gate.metric psnr_rgb is not measured: set evaluate.protocol.rgb=true")
+    scales = [recipe.trainings[name].scale for name in recipe.final_trainings]
+    for scale in scales:
+        if scale not in EVALUATION_SCALES:
+            raise ValueError(f"scale {scale} cannot be evaluated against bicubic: use one of {EVALUATION_SCALES}")
+        if scales.count(scale) > 1:
+            raise ValueError(
+                f"{scales.count(scale)} trainings of scale {scale} are final ({', '.join(recipe.final_trainings)}), "
+                f"but one model per scale is registered: choose by evaluate.models"
+            )
+
+
+def _check_networks(recipe: Recipe) -> None:
+    for training in {t.scale: t for t in recipe.trainings.values()}.values():
+        with torch.device("meta"):
+            network = build(recipe.model.arch, training.scale, **recipe.model.options)
+        for name, phase in recipe.phases.items():
+            if phase.patch_px % network.multiple:
+                fitting = max(phase.patch_px // network.multiple, 1) * network.multiple
+                raise ValueError(
+                    f"phases.{name}.patch_px {phase.patch_px} is no multiple of the network's window "
+                    f"{network.multiple}: use {fitting}"
+                )
+
+
+def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a YAML file (or the name of one in configs/recipe) with `a.b=c` overrides on top.
+
+    Raises ConfigError with one line per fault, each naming the key, the value and the remedy.
+    """
+    return load_settings(Recipe, _find(path), overrides or [])
+
+
+def _find(path: str) -> Path:
+    for candidate in (Path(path), CONFIGS / "recipe" / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = ", ".join(sorted(file.stem for file in (CONFIGS / "recipe").glob("[!_]*.yaml")))
+    raise ConfigError(f"recipe {path!r} is no file; give a path or one of: {names}")
+
+
+def tracking_uri(places: Places) -> str:
+    """The MLflow URI of a recipe or domain: its own, $MLFLOW_TRACKING_URI, or SQLite below a local storage.uri."""
+    uri = places.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return uri
+    if not storage.is_local(places.storage.uri):
+        raise ConfigError(
+            f"tracking.uri is not set and storage.uri {places.storage.uri!r} is not a local folder: "
+            f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
+        )
+    return f"sqlite:///{storage.normalise(places.storage.uri)}/mlflow.db"

@@ -1,0 +1,190 @@
+"""Judgement by the published protocol: PSNR and SSIM on Y, borders of `scale` pixels left out, beside bicubic.
+
+Images are spread over Ray tasks, on GPUs where the cluster has some. A task gives figures at once and leaves the
+upscaled image as a PNG in Ray's object store, so that pictures are made of the few that are shown.
+"""
+
+import functools
+import hashlib
+import io
+import math
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+
+from data_prep import storage
+from model import load
+from model.blocks import UpscalingNetwork
+from model.inference import upscale
+from model.metrics import psnr_rgb, psnr_y, ssim_y
+from model.perceptual import Lpips
+from pipeline.benchmark import BenchmarkImage, LpipsConfig, Protocol, read_pair, upscale_bicubic
+from pipeline.settings import Settings
+
+
+class ImageResult(Settings):
+    """Figures of one image: PSNR in dB (infinite for equal images), SSIM in 0..1, LPIPS from 0 for equal images on.
+
+    `digest` names the image's content.
+    """
+
+    image: str
+    digest: str = ""
+    psnr_y: float
+    ssim_y: float
+    psnr_rgb: float | None = None
+    lpips: float | None = None
+    bicubic_psnr_y: float
+    bicubic_ssim_y: float
+    bicubic_psnr_rgb: float | None = None
+    bicubic_lpips: float | None = None
+
+
+class SetResult(Settings):
+    """One model on one set; means over images."""
+
+    model: str
+    scale: int
+    set: str
+    protocol: Protocol = Protocol()
+    psnr_y: float
+    ssim_y: float
+    psnr_rgb: float | None = None
+    lpips: float | None = None
+    bicubic_psnr_y: float
+    bicubic_ssim_y: float
+    bicubic_psnr_rgb: float | None = None
+    bicubic_lpips: float | None = None
+    images: tuple[ImageResult, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A set's figures, and its upscaled images by name, fetched when asked for."""
+
+    result: SetResult
+    upscaled: dict[str, Callable[[], np.ndarray]]
+
+
+def figures(output: np.ndarray, high_res: np.ndarray, scale: int, protocol: Protocol) -> dict[str, float]:
+    """The protocol's metrics of one image against the truth. uint8 HxWx3."""
+    known: dict[str, Callable[..., float]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
+    if protocol.lpips is not None:
+        known["lpips"] = load_lpips(protocol.lpips)
+    return {metric: known[metric](output, high_res, scale) for metric in protocol.metrics}
+
+
+@functools.lru_cache(maxsize=1)
+def load_lpips(config: LpipsConfig) -> Lpips:
+    """LPIPS from the weights named. ValueError where they are absent or of another layout."""
+    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        paths = []
+        for number, uri in enumerate((config.backbone, config.calibration)):
+            path = Path(folder, f"{number}-{uri.rsplit('/', 1)[-1]}")
+            storage.download(uri, path)
+            paths.append(path)
+        try:
+            return Lpips(*paths)
+        except ValueError as error:
+            raise ValueError(f"LPIPS of {config.backbone} and {config.calibration}: {error}") from error
+
+
+def judge(
+    image: BenchmarkImage, scale: int, network: UpscalingNetwork, protocol: Protocol
+) -> tuple[ImageResult, np.ndarray]:
+    """The figures of one image, and the upscaled image that they were computed from."""
+    pair = read_pair(image, scale)
+    output = upscale(network, pair.low_res, tile=protocol.tile, ensemble=protocol.ensemble)
+    bicubic = figures(upscale_bicubic(pair.low_res, scale), pair.high_res, scale, protocol)
+    found: dict[str, Any] = figures(output, pair.high_res, scale, protocol)
+    found |= {f"bicubic_{metric}": value for metric, value in bicubic.items()}
+    return ImageResult(image=image.name, digest=pair.digest, **found), output
+
+
+@ray.remote(num_cpus=1, num_returns=2)
+def _judge(image: BenchmarkImage, scale: int, weights: "Weights", protocol: Protocol) -> tuple[ImageResult, bytes]:
+    network = weights.network()
+    if torch.cuda.is_available():
+        network.to("cuda")
+    else:
+        torch.set_num_threads(1)
+    result, output = judge(image, scale, network, protocol)
+    return result, to_png(output)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights on their way to the workers: bytes of a .pth in Ray's object store, fetched once by each process.
+
+    options: what `model.load` cannot read off the tensors.
+    """
+
+    digest: str
+    stored: tuple[Any, ...]  # in a tuple Ray passes the reference on instead of the bytes
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def put(cls, content: bytes, options: dict[str, Any]) -> "Weights":
+        """Into the object store. Ray must be initialised."""
+        frozen = tuple((key, tuple(v) if isinstance(v, list) else v) for key, v in sorted(options.items()))
+        return cls(hashlib.sha256(content).hexdigest(), (ray.put(content),), frozen)
+
+    def network(self) -> UpscalingNetwork:
+        """The network, in eval mode; a process keeps the last one."""
+        return _network(self)
+
+    def __hash__(self) -> int:
+        return hash((self.digest, self.options))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Weights) and (self.digest, self.options) == (other.digest, other.options)
+
+
+@functools.lru_cache(maxsize=1)
+def _network(weights: Weights) -> UpscalingNetwork:
+    return load_bytes(ray.get(weights.stored[0]), dict(weights.options))
+
+
+def load_bytes(weights: bytes, options: dict[str, Any]) -> UpscalingNetwork:
+    """A network in eval mode from the bytes of a published .pth file."""
+    state = torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True)["params_ema"]
+    return load(state, **options)
+
+
+def evaluate(
+    model: str, scale: int, weights: Weights, name: str, images: list[BenchmarkImage], protocol: Protocol
+) -> Judged:
+    """One model on one set, an image per Ray task."""
+    with_gpus = _judge.options(num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
+    answers = [with_gpus.remote(image, scale, weights, protocol) for image in images]
+    results = tuple(ray.get([result for result, _ in answers]))
+    keys = [*protocol.metrics, *(f"bicubic_{metric}" for metric in protocol.metrics)]
+    means: dict[str, Any] = {key: _mean([getattr(result, key) for result in results]) for key in keys}
+    pictures: dict[str, Callable[[], np.ndarray]] = {}
+    for result, (_, png) in zip(results, answers, strict=True):
+        pictures[result.image] = functools.partial(_fetch, png)
+    return Judged(SetResult(model=model, scale=scale, set=name, protocol=protocol, images=results, **means), pictures)
+
+
+def _mean(values: list[float]) -> float:
+    return math.inf if math.inf in values else statistics.fmean(values)
+
+
+def to_png(image: np.ndarray) -> bytes:
+    """uint8 HxWx3 as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _fetch(reference: Any) -> np.ndarray:
+    with Image.open(io.BytesIO(ray.get(reference))) as image:
+        return np.asarray(image)

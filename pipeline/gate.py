@@ -1,0 +1,94 @@
+"""The gate: a promotion rule applied to figures. Pure; who is promoted where is `promotion`'s business."""
+
+from pipeline.compare import Comparison, against_bicubic, compare
+from pipeline.evaluate import SetResult
+from pipeline.rule import GateConfig
+from pipeline.settings import Settings
+
+
+class Costs(Settings):
+    """A candidate's costs over its rival's: times of one image, measured in turns, and numbers of parameters."""
+
+    slowdown: float
+    growth: float
+
+
+class Condition(Settings):
+    """One line of the rule, whether it holds, and the figures that say so."""
+
+    text: str
+    holds: bool
+    figures: Comparison | None = None
+
+
+class Verdict(Settings):
+    """What the gate says of a candidate, with all figures; `reason` is one line for people."""
+
+    promoted: bool
+    reason: str
+    rival: str
+    conditions: tuple[Condition, ...] = ()
+    costs: Costs | None = None
+
+
+def decide(
+    mine: list[SetResult], theirs: list[SetResult] | None, rival: str, rule: GateConfig, costs: Costs | None = None
+) -> Verdict:
+    """Whether a candidate is to be champion. theirs: the rival's results on the rule's sets; None: bicubic is it.
+
+    ValueError where a set that the rule names was not judged, or not on the same images.
+    """
+    conditions = []
+    for name, margin in rule.better.items():
+        conditions.append(_condition(_compared(mine, theirs, name, rule), margin, rule, f"more than {margin:+g}"))
+    for name, tolerance in rule.not_worse.items():
+        conditions.append(
+            _condition(_compared(mine, theirs, name, rule), -tolerance, rule, f"at least {-tolerance:+g}")
+        )
+    if costs is not None:
+        conditions += _cost_conditions(costs, rule)
+    failed = [condition.text for condition in conditions if not condition.holds]
+    promoted = not failed
+    shown = failed or [condition.text for condition in conditions]
+    reason = f"{'better than' if promoted else 'not promoted over'} {rival}: {'; '.join(shown)}"
+    return Verdict(promoted=promoted, reason=reason, rival=rival, conditions=tuple(conditions), costs=costs)
+
+
+def _compared(mine: list[SetResult], theirs: list[SetResult] | None, name: str, rule: GateConfig) -> Comparison:
+    if theirs is None:
+        return against_bicubic(_of_set(mine, name), rule.metric, rule.confidence)
+    return compare(_of_set(mine, name), _of_set(theirs, name), rule.metric, rule.confidence)
+
+
+def _of_set(results: list[SetResult], name: str) -> SetResult:
+    for result in results:
+        if result.set == name:
+            return result
+    judged = ", ".join(result.set for result in results) or "none"
+    raise ValueError(f"the gate asks about {name!r}, judged were {judged}: judge it, or correct the rule")
+
+
+def _condition(found: Comparison, bound: float, rule: GateConfig, wanted: str) -> Condition:
+    by_interval = rule.decide_by == "interval"
+    decisive = found.low if by_interval else found.difference
+    # a margin must be passed, a tolerance may be reached
+    holds = decisive > bound if wanted.startswith("more") else decisive >= bound
+    interval = f" ({found.low:+.4f} .. {found.high:+.4f})" if by_interval else ""
+    text = (
+        f"{found.metric} on {found.set} {found.mine:.4f} against {found.theirs:.4f}, "
+        f"{found.difference:+.4f}{interval}, {'' if holds else 'not '}{wanted}"
+    )
+    return Condition(text=text, holds=holds, figures=found)
+
+
+def _cost_conditions(costs: Costs, rule: GateConfig) -> list[Condition]:
+    conditions = []
+    for what, value, limit in (
+        ("time", costs.slowdown, rule.max_slowdown),
+        ("parameters", costs.growth, rule.max_growth),
+    ):
+        if limit is not None:
+            holds = value <= limit
+            text = f"{what} {value:.3f} of the rival's, {'' if holds else 'not '}at most {limit:g}"
+            conditions.append(Condition(text=text, holds=holds))
+    return conditions

@@ -1,0 +1,131 @@
+"""`hatchery evaluate`: anybody's HAT or HMANet weights on anybody's sets, with reports, and one against the other."""
+
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from model import load
+from model.weights import read_weights, recognise
+from pipeline import cluster, compare, pictures, registry, report, stages, tracking
+from pipeline.benchmark import BenchmarkImage, Protocol, read_set, set_name
+from pipeline.cascade import fetch_published
+from pipeline.config import EVALUATION_SCALES, ComputeConfig
+from pipeline.evaluate import SetResult, Weights, evaluate, load_lpips
+from pipeline.published import preset_of
+
+
+@dataclass(frozen=True)
+class Given:
+    """Weights as a user gave them, read and recognised; `content` is a .pth in the published layout."""
+
+    title: str
+    scale: int
+    arch: str | None
+    content: bytes
+    options: dict[str, Any]
+
+
+def read_given(uri: str, options: list[str], tracking_uri: str | None) -> Given:
+    """Weights at a path, an s3:// URI or models:/NAME@alias. ValueError for what is not there or not known here."""
+    given = dict(_option(option) for option in options)
+    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        if uri.startswith("models:/"):
+            version = registry.resolve(tracking.connect_default(tracking_uri), uri)
+            path, title = registry.fetch(version, "weights.pth", Path(folder)), f"{version.name}-v{version.version}"
+            given = registry.read_options(version, Path(folder)) | given
+        else:
+            path, title = fetch_published(uri, Path(folder)), Path(uri).stem
+        state = read_weights(path)
+    try:
+        scale = recognise(state)["scale"]
+        load(state, **given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{uri}: {error}") from error
+    if scale not in EVALUATION_SCALES:
+        raise ValueError(f"{uri} upscales x{scale}: only {EVALUATION_SCALES} can be judged against bicubic")
+    buffer = io.BytesIO()
+    torch.save({"params_ema": state}, buffer)
+    return Given(title, scale, preset_of(state), buffer.getvalue(), given)
+
+
+def _option(text: str) -> tuple[str, float]:
+    key, _, value = text.partition("=")
+    try:
+        return key, int(value) if value.lstrip("-").isdigit() else float(value)
+    except ValueError as error:
+        raise ValueError(f"option {text!r} is not of the form key=number, such as conv_scale=0.01") from error
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to judge, and where the reports go."""
+
+    weights: list[str]
+    sets: list[str]
+    protocol: Protocol
+    options: list[str]
+    pictures: int = 2
+    out: str = "evaluation"
+    tracking_uri: str | None = None
+
+
+def run(request: Request, console: Console, address: str | None = None, debug: bool = False) -> None:
+    """Judge every weights file on every set; print the tables and write the reports below `request.out`.
+
+    The first weights are compared with each of the others, image by image.
+    """
+    given = [read_given(uri, request.options, request.tracking_uri) for uri in request.weights]
+    given = [_renamed(found, number, given) for number, found in enumerate(given)]
+    if len({found.scale for found in given}) > 1:
+        scales = ", ".join(f"{found.title} x{found.scale}" for found in given)
+        raise ValueError(f"weights of different scales cannot be compared: {scales}; judge each by itself")
+    if request.protocol.lpips is not None:
+        load_lpips(request.protocol.lpips)  # what is wrong with it is said before work begins
+    sets = {set_name(uri): read_set(uri, given[0].scale) for uri in request.sets}
+    if len(sets) < len(request.sets):
+        raise ValueError(f"two of the sets {', '.join(request.sets)} have the same name: rename a folder")
+    out = Path(request.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results: list[SetResult] = []
+    with cluster.connected(ComputeConfig(), address, debug):
+        for found in given:
+            weights = Weights.put(found.content, found.options)
+            for name, images in sets.items():
+                results.append(_judge(request, found, weights, name, images, out))
+                console.print(report.image_table(results[-1]))
+    archs = {found.title: found.arch for found in given}
+    compared = _comparisons(results, given)
+    for shown in (report.table(results), report.published_table(results, archs), compared):
+        if shown is not None:
+            console.print(shown)
+    stages.write_reports(results, archs, out)
+    console.print(f"reports: {out}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _renamed(found: Given, number: int, given: list[Given]) -> Given:
+    """Files of the same name in different folders get numbers."""
+    if sum(other.title == found.title for other in given) < 2:
+        return found
+    return Given(f"{found.title}-{number + 1}", found.scale, found.arch, found.content, found.options)
+
+
+def _judge(
+    request: Request, found: Given, weights: Weights, name: str, images: list[BenchmarkImage], out: Path
+) -> SetResult:
+    judged = evaluate(found.title, found.scale, weights, name, images, request.protocol)
+    (out / "pictures").mkdir(exist_ok=True)
+    pictures.write_pictures(judged, images, request.pictures, out / "pictures")
+    return judged.result
+
+
+def _comparisons(results: list[SetResult], given: list[Given]) -> Any:
+    first, *others = (found.title for found in given)
+    by_name = {(result.model, result.set): result for result in results}
+    names = dict.fromkeys(result.set for result in results)
+    found = [compare.compare(by_name[first, name], by_name[other, name]) for other in others for name in names]
+    return report.comparison_table(found) if found else None

@@ -1,0 +1,159 @@
+"""The driver's side of a training: what is to be trained, and the Ray Train run that does it.
+
+Does not import DeepSpeed: a worker must set its environment before that, and a driver has no use for it
+(tests/unit/test_imports.py checks).
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+from pydantic import Field
+
+from data_prep import storage
+from pipeline import cluster
+from pipeline.artifact import Artifact
+from pipeline.checkpoint import UPLOAD_PATIENCE_S
+from pipeline.config import (
+    ComputeConfig,
+    ModelConfig,
+    PhaseConfig,
+    Settings,
+    TrainingConfig,
+    ValidationConfig,
+    digest_of,
+)
+from pipeline.errors import Stopped
+from pipeline.monitor import Monitor, Record
+from pipeline.validate import ImagePair
+
+
+class TrainJob(Settings):
+    """All that a worker needs to know; plain values, so that it travels to any node."""
+
+    name: str
+    model: ModelConfig
+    phase: PhaseConfig
+    training: TrainingConfig
+    compute: ComputeConfig
+    seed: int
+    shards_uri: str
+    init: Artifact | None
+    validation: ValidationConfig = ValidationConfig()
+    gate_metric: str = "psnr_y"
+    checkpoints_uri: str
+    cache_dir: str
+    data_offset: int = Field(0, description="steps of data passed over because they led to non-finite losses")
+
+    @property
+    def digest(self) -> str:
+        """What a checkpoint must have been trained as to be resumed: everything but where it runs."""
+        places = {"compute", "shards_uri", "checkpoints_uri", "cache_dir", "init", "phase", "data_offset"}
+        places |= {"validation", "gate_metric"}
+        values = self.model_dump(mode="json", exclude=places) | {"phase": self.phase.what()}
+        return digest_of([values, self.init.digest if self.init else None])
+
+
+def run_training(
+    job: TrainJob, handle: Callable[[Record], None], images: list[ImagePair] | None = None
+) -> ray.train.Checkpoint:
+    """Train to the end (from the last checkpoint at job.checkpoints_uri, if any) and give the last checkpoint.
+
+    handle: called in a thread with every record. images: to validate on. Raises ValueError for what a worker raised
+    as such, Stopped when the process was asked to end (SIGTERM) and a checkpoint was made, else Ray Train's
+    TrainingFailedError.
+    """
+    references = {"images": ray.put(images) if images else None}
+    for _ in range(job.compute.max_rollbacks + 1):
+        with Monitor(handle) as monitor, monitor.stopping_on_sigterm():
+            result = _fit(job, monitor, references)
+        outcome = result.return_value or {}
+        if outcome.get("kind") == "stopped":
+            raise Stopped(f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint")
+        if outcome.get("kind") != "roll_back":
+            assert result.checkpoint is not None, "a finished training reports a checkpoint"
+            return result.checkpoint
+        job = job.model_copy(update={"data_offset": outcome["data_offset"]})
+        handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to the last checkpoint"})
+    raise ValueError(
+        f"{job.name}: {outcome['reason']}, after going back {job.compute.max_rollbacks} times: "
+        f"lower the learning rate, set grad_clip, or use precision fp32"
+    )
+
+
+def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
+    """The Ray Train run, begun again while it gets further between failures, or the storage was out of reach."""
+    reached = -1
+    while True:
+        try:
+            return _trainer(job, monitor, references).fit()
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
+            for error in getattr(failure, "worker_failures", {}).values():
+                if isinstance(error, ValueError):
+                    raise error from None
+            waited_s = _wait_for_storage(job.checkpoints_uri)
+            if monitor.last_step <= reached and not waited_s:
+                raise
+            reached = monitor.last_step
+            why = f"the storage was away, waited {waited_s:.0f} s" if waited_s else "lost its processes again and again"
+            monitor.handle({"step": max(reached, 0), "warning": f"{why}: going on from the last checkpoint"})
+
+
+def _wait_for_storage(uri: str) -> float:
+    """Wait until the storage answers; how long it did not, in s. StorageError where it stays away."""
+    begin, away = time.monotonic(), False
+    while True:
+        try:
+            storage.exists(storage.join(uri, "any"))
+            return time.monotonic() - begin if away else 0.0
+        except storage.StorageError:
+            away = True
+            if time.monotonic() - begin > UPLOAD_PATIENCE_S:
+                raise
+            time.sleep(5)
+
+
+def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
+    filesystem, path = storage.filesystem(job.checkpoints_uri)
+    folder, name = path.rsplit("/", 1)
+    compute = job.compute
+    use_gpu = cluster.has_gpus(compute)
+    # Ray's own check of workers that do not answer; it passes the variable on to the processes that read it
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.hang_timeout_s)
+    return ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "job": job.model_dump(mode="json"),
+            "mailbox": monitor.mailbox,
+            "use_gpu": use_gpu,
+            **references,
+        },
+        torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(compute.hang_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=compute.num_workers,
+            elastic_resize_monitor_interval_s=compute.resize_every_s,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=folder,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=compute.checkpoints_kept),
+        ),
+    )
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    if not config["use_gpu"]:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+    from pipeline.train import train_worker
+
+    return train_worker(config)

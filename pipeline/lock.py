@@ -1,0 +1,160 @@
+"""A lock in the storage: two runs that would write the same place refuse each other, whatever machines they run on.
+
+The lock is a small file that its owner rewrites every few seconds. Whether an owner is alive is judged by watching
+that file change, never by comparing clocks of two machines; one that died on this machine is known at once.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from data_prep import storage
+
+HEARTBEAT_S = 5.0
+STALE_AFTER_S = 30.0
+
+
+class LockedError(ValueError):
+    """Another run holds the lock, or has taken it over; the message says who."""
+
+
+class StorageLock:
+    """`with StorageLock(uri, purpose):` holds the lock file at `uri`; LockedError where a living run holds it.
+
+    say: told, in words, of waiting for a silent owner and of taking over its lock.
+    heartbeat_s: time between two signs of life; stale_after_s: silence after which an owner counts as dead.
+    If the lock is lost all the same (this process slept longer than stale_after_s and another run took it over), the
+    main thread is interrupted and the block ends with LockedError.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        purpose: str,
+        say: Callable[[str], None] = lambda text: None,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        stale_after_s: float = STALE_AFTER_S,
+    ) -> None:
+        self.uri = uri
+        self.say = say
+        self.heartbeat_s = heartbeat_s
+        self.stale_after_s = stale_after_s
+        self.record: dict[str, Any] = {
+            "token": uuid.uuid4().hex,
+            "purpose": purpose,
+            "owner": f"{os.environ.get('USER', 'root')}@{socket.gethostname()}, process {os.getpid()}",
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "process_started": psutil.Process().create_time(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            "beat": 0,
+        }
+        self.lost_to: str | None = None
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._beat, name="hatchery-lock", daemon=True)
+
+    def __enter__(self) -> "StorageLock":
+        while not storage.put_if_absent(self.uri, self._content()):
+            self._take_over_or_refuse()
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.done.set()
+        self.thread.join()
+        if self.lost_to is not None:
+            raise LockedError(
+                f"{self.uri} was taken over by {self.lost_to} while this run was silent: stop one of both"
+            )
+        held = self._read()
+        if held is not None and held["token"] == self.record["token"]:
+            storage.delete(self.uri)
+
+    def _content(self) -> bytes:
+        return json.dumps(self.record, indent=1).encode()
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the lock file says; None where there is none."""
+        try:
+            content = storage.read_bytes(self.uri)
+        except storage.StorageError:
+            if storage.exists(self.uri):
+                raise
+            return None
+        try:
+            return dict(json.loads(content))
+        except ValueError as error:
+            raise LockedError(f"{self.uri} is not a lock file: delete it if no run uses this storage") from error
+
+    def _take_over_or_refuse(self) -> None:
+        """Return where the lock is free to be tried again; LockedError where its owner gives a sign of life."""
+        seen = self._read()
+        if seen is None:
+            return
+        if not _died_here(seen):
+            self._watch(seen)
+        found = self._read()
+        if found is not None and (found["token"], found["beat"]) == (seen["token"], seen["beat"]):
+            self.say(f"taking over the lock of {seen['owner']} ({seen['purpose']}, since {seen['since']}): it is dead")
+            storage.delete(self.uri)
+
+    def _watch(self, seen: dict[str, Any]) -> None:
+        """Wait until the owner counts as dead; LockedError as soon as it gives a sign of life."""
+        begin, told = time.monotonic(), False
+        while time.monotonic() - begin < self.stale_after_s:
+            time.sleep(min(self.heartbeat_s, 1.0) / 4)
+            now = self._read()
+            if now is None:
+                return
+            if (now["token"], now["beat"]) != (seen["token"], seen["beat"]):
+                raise LockedError(
+                    f"{now['purpose']} is being run by {now['owner']} since {now['since']} ({self.uri}): "
+                    f"wait until it ends, or give this run another storage.uri"
+                )
+            if not told and time.monotonic() - begin > 2 * self.heartbeat_s:
+                told = True
+                self.say(f"{seen['owner']} holds {self.uri} but is silent: waiting {self.stale_after_s:.0f} s")
+
+    def _beat(self) -> None:
+        while not self.done.wait(self.heartbeat_s):
+            try:
+                found = self._read()
+                if found is not None and found["token"] != self.record["token"]:
+                    self.lost_to = str(found["owner"])
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+                self.record["beat"] += 1
+                storage.write_bytes(self.uri, self._content())
+            except storage.StorageError:
+                continue  # the storage is away for now; what writes results says so if it stays away
+
+
+def _died_here(record: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that is no more."""
+    if record["machine"] != _machine():
+        return False
+    try:
+        return bool(abs(psutil.Process(record["pid"]).create_time() - record["process_started"]) > 1)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _machine() -> str:
+    """Names this boot of this machine and its process numbers: containers may share a host name, but not this."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()

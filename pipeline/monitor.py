@@ -1,0 +1,117 @@
+"""From the training processes to the driver: a mailbox actor, and a thread that empties it.
+
+Only the driver talks to MLflow and the terminal; workers need neither credentials nor a route to the server.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+Record = dict[str, Any]
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Holds records (`{"step": int, "metrics": {...}, ...}`) until the driver takes them."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self.stop = False
+
+    def post(self, record: Record) -> None:
+        """Add one record; called by rank 0 without waiting."""
+        self.records.append(record)
+
+    def drain(self) -> list[Record]:
+        """Take all records."""
+        records, self.records = self.records, []
+        return records
+
+    def request_stop(self) -> None:
+        """Ask the training to save a checkpoint and end."""
+        self.stop = True
+
+    def stop_requested(self) -> bool:
+        """Whether the training is to end."""
+        return self.stop
+
+
+class StopWatch:
+    """Asks the mailbox about once a second whether to stop, and never waits for the answer."""
+
+    def __init__(self, mailbox: Any, interval_s: float = 1.0) -> None:
+        self.mailbox = mailbox
+        self.interval_s = interval_s
+        self.asked_at = 0.0
+        self.question: Any = None
+
+    def poll(self) -> bool:
+        """True once the driver has asked to stop."""
+        now = time.monotonic()
+        if self.question is None and now - self.asked_at > self.interval_s:
+            self.question, self.asked_at = self.mailbox.stop_requested.remote(), now
+        if self.question is not None and ray.wait([self.question], timeout=0)[0]:
+            answer, self.question = ray.get(self.question), None
+            return bool(answer)
+        return False
+
+
+class Monitor:
+    """`with Monitor(handle) as monitor:` calls `handle(record)` in a thread for every record posted."""
+
+    def __init__(self, handle: Callable[[Record], None], interval_s: float = 0.5) -> None:
+        self.handle = handle
+        self.interval_s = interval_s
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # beside the driver: on another node it would be lost with that node, and the run with it
+        self.mailbox: Any = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="hatchery-monitor", daemon=True)
+        self.error: Exception | None = None
+        self.last_step = -1
+
+    def __enter__(self) -> "Monitor":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+        if exc_info[0] is None and self.error is not None:
+            raise self.error
+
+    @contextmanager
+    def stopping_on_sigterm(self) -> Iterator[None]:
+        """SIGTERM (a preempted node, `ray job stop`) lets the training save a checkpoint first."""
+
+        def ask(number: int, frame: object) -> None:
+            # not from the handler itself: it may have interrupted Ray in the middle of a call
+            threading.Thread(target=self.mailbox.request_stop.remote, daemon=True).start()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _run(self) -> None:
+        while not self.stopped.wait(self.interval_s):
+            self._drain()
+        self._drain()  # what was posted before the end
+
+    def _drain(self) -> None:
+        try:
+            for record in ray.get(self.mailbox.drain.remote()):
+                self.last_step = max(self.last_step, record["step"])
+                self.handle(record)
+        except Exception as error:  # noqa: BLE001 - kept, and raised in the driver's thread at the end
+            self.error = error

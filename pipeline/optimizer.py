@@ -1,0 +1,70 @@
+"""Adam that knows the whole gradient: its norm over all ranks, clipping, and steps it refuses to take.
+
+DeepSpeed calls `step` with each rank's partition of the averaged gradient (or, at ZeRO 0, with all of it on every
+rank), so the norm is the same for every ZeRO stage, and a non-finite one is noticed before any weight changes.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class GuardedAdam(torch.optim.Adam):
+    """torch.optim.Adam with a global gradient norm, clipping to `max_norm`, and refusal of non-finite gradients.
+
+    partitioned: each rank holds a part of the gradient (ZeRO 1 to 3) rather than all of it (ZeRO 0).
+    device: where the ranks communicate; offloaded gradients lie elsewhere.
+    After `step`: `applied` says whether the weights changed, `grad_norm` the norm before clipping, `stop_wanted`
+    whether any rank had set `want_stop` (it travels with the norm, so that all ranks agree at no cost).
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        max_norm: float | None,
+        partitioned: bool,
+        device: torch.device,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, **options)
+        self.device = device
+        self.max_norm = max_norm
+        self.partitioned = partitioned
+        self.applied = False
+        self.want_stop = self.stop_wanted = False
+        self.grad_norm = float("nan")
+
+    def begin_step(self, *, want_stop: bool) -> None:
+        """Forget the last step: DeepSpeed does not call `step` at all where it finds an overflow itself."""
+        self.applied = self.stop_wanted = False
+        self.want_stop, self.grad_norm = want_stop, math.nan
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Collective. Take the step unless the gradient's norm over all ranks is not finite."""
+        assert closure is None, "DeepSpeed passes no closure"
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.grad_norm = self._agree(grads)
+        self.applied = math.isfinite(self.grad_norm)
+        if not self.applied:
+            return
+        if self.max_norm is not None and self.grad_norm > self.max_norm:
+            torch._foreach_mul_(grads, self.max_norm / self.grad_norm)
+        super().step()
+
+    def _agree(self, grads: list[Tensor]) -> float:
+        """The norm of the whole gradient; tells the other ranks of a wish to stop and hears theirs."""
+        norms = torch.stack(torch._foreach_norm(grads)) if grads else torch.zeros(1)
+        squared = norms.float().square().sum().to(self.device)
+        if not self.partitioned:
+            squared = squared / dist.get_world_size()  # every rank holds the same gradient
+        shared = torch.stack([squared, torch.tensor(float(self.want_stop), device=self.device)])
+        dist.all_reduce(shared)
+        total, stops = shared.tolist()
+        self.stop_wanted = stops > 0
+        return math.sqrt(total)  # NaN stays NaN, infinity stays infinity

@@ -1,0 +1,173 @@
+"""The recipe's graph as a list of stages in order, and what is to be done about each. Pure but for look-ups."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline import artifact as artifacts
+from pipeline.artifact import Artifact
+from pipeline.config import Recipe, digest_of
+
+Kind = Literal["shard", "mix", "train", "cascade", "evaluate", "register", "promote"]
+
+# Raise a kind's number when its code changes what it produces from the same config and inputs.
+VERSIONS: dict[Kind, int] = {"shard": 2, "mix": 1, "train": 1, "cascade": 1, "evaluate": 2, "register": 2, "promote": 2}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a recipe. `config` and the inputs' digests decide whether a finished artifact still counts."""
+
+    name: str
+    kind: Kind
+    group: str
+    inputs: tuple[str, ...]
+    config: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+
+    def fingerprint(self, digests: dict[str, str]) -> str:
+        """sha256 over kind, code version, config and the digests of the inputs."""
+        return digest_of([self.name, self.kind, VERSIONS[self.kind], self.config, digests])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage with what is known about it before running: finished, to run, or not selected."""
+
+    stage: Stage
+    action: Literal["done", "run", "skip"]
+    artifact: Artifact | None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Fingerprints of what a recipe reads from outside its storage, by name in the recipe."""
+
+    sources: dict[str, str]
+    sets: dict[str, str]
+    weights: dict[str, str]
+
+
+def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
+    """All stages of a recipe in the order they run."""
+    used = recipe.used_data
+    stages = [_shard_stage(recipe, name, outside.sources[name]) for name in recipe.data if name in used]
+    for name in dict.fromkeys(phase.data for phase in recipe.phases.values() if phase.data in recipe.mixes):
+        inputs = dict.fromkeys(f"shard-{data}" for data in recipe.data_of(name))
+        parts = [part.model_dump(mode="json") for part in recipe.mixes[name]]
+        stages.append(Stage(f"mix-{name}", "mix", "shard", tuple(inputs), {"parts": parts}))
+    for name in recipe.trainings:
+        stages += _training_stages(recipe, name, outside.weights)
+    finals = recipe.final_trainings
+    evaluate = recipe.evaluate.model_dump(mode="json", exclude={"sets", "models"})
+    stages.append(Stage("evaluate", "evaluate", "evaluate", tuple(finals), evaluate | {"sets": outside.sets}))
+    registry = recipe.registry.model_dump(mode="json")
+    model = recipe.model.model_dump(mode="json")
+    stages.append(
+        Stage(
+            "register",
+            "register",
+            "register",
+            (*finals, "evaluate"),
+            {"name": registry["name"], "model": model},
+        )
+    )
+    stages.append(Stage("promote", "promote", "promote", ("register", "evaluate"), registry))
+    return stages
+
+
+def _shard_stage(recipe: Recipe, name: str, source_version: str) -> Stage:
+    config = recipe.data[name].model_dump(mode="json", exclude={"source"})
+    return Stage(
+        f"shard-{name}",
+        "shard",
+        "shard",
+        (),
+        config | {"seed": recipe.seed, "source_version": source_version},
+    )
+
+
+def _training_stages(recipe: Recipe, name: str, weights: dict[str, str]) -> list[Stage]:
+    """A training, after the cascade that turns its source's weights (of another scale, or published) to its own."""
+    training = recipe.trainings[name]
+    phase = recipe.phases[training.phase]
+    stages = []
+    start = training.init_from
+    if training.init_weights or (start and recipe.trainings[start].scale != training.scale):
+        config = {
+            "model": recipe.model.model_dump(mode="json"),
+            "scale": training.scale,
+            "seed": training.seed,
+        }
+        config |= recipe.cascade.model_dump(mode="json") | {"weights": weights.get(name)}
+        cascade = f"cascade-{start or 'published'}-to-{name}"
+        stages.append(Stage(cascade, "cascade", "cascade", (start,) if start else (), config))
+        start = cascade
+    data = f"{'mix' if phase.data in recipe.mixes else 'shard'}-{phase.data}"
+    inputs = (data, *([start] if start else []))
+    config = {
+        "model": recipe.model.model_dump(mode="json"),
+        "phase": phase.what(),
+        "training": training.model_dump(mode="json", exclude={"init_from", "init_weights", "phase"}),
+        "seed": recipe.seed,
+    }
+    if recipe.validation.export == "best":  # else validation only looks
+        chooser = recipe.validation.model_dump(mode="json", include={"every", "max_images"})
+        gate = recipe.registry.gate
+        config["best"] = chooser | {"set": gate.validation_set, "metric": gate.validation_metric}
+    stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps))
+    return stages
+
+
+def select(stages: list[Stage], names: list[str] | None, first: str | None, last: str | None) -> set[str]:
+    """The names of the stages that --stages, --from and --until leave; each may name a stage or a group."""
+    chosen = {stage.name for stage in stages}
+    if names:
+        chosen = {stage.name for name in names for stage in _named(stages, name)}
+    order = [stage.name for stage in stages]
+    if first:
+        begin = min(order.index(stage.name) for stage in _named(stages, first))
+        chosen &= set(order[begin:])
+    if last:
+        end = max(order.index(stage.name) for stage in _named(stages, last))
+        chosen &= set(order[: end + 1])
+    if not chosen:
+        raise ValueError(f"no stage is left of --stages {names}, --from {first}, --until {last}: widen the choice")
+    return chosen
+
+
+def _named(stages: list[Stage], name: str) -> list[Stage]:
+    found = [stage for stage in stages if name in (stage.name, stage.group)]
+    if not found:
+        groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
+        raise ValueError(
+            f"stage {name!r} is unknown; groups: {groups}; stages: {', '.join(stage.name for stage in stages)}"
+        )
+    return found
+
+
+def make_plan(
+    storage_uri: str, stages: list[Stage], chosen: set[str], is_current: Callable[[Stage, Artifact], bool]
+) -> list[Planned]:
+    """What each stage needs, as far as can be told now: a stage behind one that has to run is to run as well."""
+    digests: dict[str, str] = {}
+    planned = []
+    for stage in stages:
+        known = all(name in digests for name in stage.inputs)
+        found = None
+        if known:
+            found = look_up(storage_uri, stage, digests, is_current)
+        if found:
+            digests[stage.name] = found.digest
+        action: Literal["done", "run", "skip"] = "done" if found else "run" if stage.name in chosen else "skip"
+        planned.append(Planned(stage, action, found))
+    return planned
+
+
+def look_up(
+    storage_uri: str, stage: Stage, digests: dict[str, str], is_current: Callable[[Stage, Artifact], bool]
+) -> Artifact | None:
+    """The stage's finished artifact if there is one and it still holds (a registry may have lost it)."""
+    fingerprint = stage.fingerprint({name: digests[name] for name in stage.inputs})
+    found = artifacts.find(storage_uri, stage.name, fingerprint)
+    return found if found and is_current(stage, found) else None

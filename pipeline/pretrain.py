@@ -1,0 +1,188 @@
+"""The main job: every stage of a recipe, in order, each skipped when its finished artifact still holds.
+
+python pipeline/pretrain.py --recipe configs/recipe/demo.yaml    (or: python -m pipeline.pretrain, hatchery pretrain)
+ray job submit --working-dir . -- python pipeline/pretrain.py --recipe hat_l --set storage.uri=s3://bucket/prefix
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and sys.path[0] != str(ROOT):
+    # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
+    sys.path[0] = str(ROOT)
+
+import tempfile  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+
+from rich.console import Console  # noqa: E402
+
+from data_prep import sources, storage  # noqa: E402
+from pipeline import cascade, cluster, plan, report, stages  # noqa: E402
+from pipeline.artifact import Artifact  # noqa: E402
+from pipeline.config import Recipe  # noqa: E402
+from pipeline.errors import Stopped  # noqa: E402
+from pipeline.lock import StorageLock  # noqa: E402
+from pipeline.plan import Outside, Planned, Stage  # noqa: E402
+from pipeline.progress import Display  # noqa: E402
+from pipeline.tracking import Tracker  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which stages to run: names or groups."""
+
+    stages: list[str] | None = None
+    first: str | None = None
+    last: str | None = None
+
+
+def survey(recipe: Recipe) -> Outside:
+    """Fingerprints of what the recipe reads from outside; ValueError for what is not there."""
+    used = {name: data for name, data in recipe.data.items() if name in recipe.used_data}
+    return Outside(
+        {
+            name: sources.fingerprint(sources.iter_items(data.source, list(data.include), list(data.exclude)))
+            for name, data in used.items()
+        },
+        {
+            name: sources.fingerprint(sources.iter_items(uri, list(recipe.evaluate.include.get(name, ()))))
+            for name, uri in recipe.evaluate.sets.items()
+        },
+        cascade.check_published(recipe),
+    )
+
+
+def prepare(recipe: Recipe, choice: Choice) -> tuple[list[Stage], set[str], Tracker]:
+    """Everything that can be wrong before work begins is found here: sources, storage, MLflow, choice."""
+    storage.check_writable(recipe.storage.uri)
+    found = plan.stages_of(recipe, survey(recipe))
+    chosen = plan.select(found, choice.stages, choice.first, choice.last)
+    return found, chosen, Tracker(recipe)
+
+
+def dry_run(recipe: Recipe, choice: Choice, console: Console) -> None:
+    """Print which stages are done and which would run, with their steps."""
+    found, chosen, tracker = prepare(recipe, choice)
+    planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
+    width = max(len(entry.stage.name) for entry in planned)
+    for entry in planned:
+        console.print(_plan_line(entry, width), soft_wrap=True, markup=False, highlight=False)
+    steps = sum(entry.stage.steps for entry in planned if entry.action == "run")
+    running = sum(entry.action == "run" for entry in planned)
+    console.print(f"{running} of {len(planned)} stages to run, {steps} training steps", markup=False, highlight=False)
+
+
+def _plan_line(entry: Planned, width: int) -> str:
+    what = {"done": "done", "run": "run ", "skip": "not selected"}[entry.action]
+    steps = f"  {entry.stage.steps} steps" if entry.stage.steps else ""
+    after = f"  after {', '.join(entry.stage.inputs)}" if entry.stage.inputs and not entry.artifact else ""
+    where = f"  {entry.artifact.uri}" if entry.artifact else ""
+    return f"{entry.stage.name:{width}}  {what}{steps}{where}{after}"
+
+
+def run(
+    recipe: Recipe, choice: Choice, console: Console, address: str | None = None, debug: bool = False
+) -> dict[str, Artifact]:
+    """Run the chosen stages of a recipe, on a Ray cluster only if there is something to do; all that are finished."""
+    found, chosen, tracker = prepare(recipe, choice)
+    planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
+    status = "FAILED"
+    try:
+        if any(entry.action == "run" for entry in planned):
+            with cluster.connected(recipe.compute, address, debug), Display(console) as display:
+                if (lack := cluster.shortage(recipe.compute)) is not None:
+                    display.say(lack)
+                artifacts = _run_stages(recipe, found, chosen, tracker, display)
+        else:
+            artifacts = {entry.stage.name: entry.artifact for entry in planned if entry.artifact}
+            console.print(f"{len(artifacts)} of {len(found)} stages are done, nothing to run", highlight=False)
+        status = "FINISHED"
+    finally:
+        tracker.finish(tracker.parent_id, status)
+    _conclude(recipe, artifacts, tracker, console)
+    return artifacts
+
+
+def _run_stages(
+    recipe: Recipe, found: list[Stage], chosen: set[str], tracker: Tracker, display: Display
+) -> dict[str, Artifact]:
+    finished: dict[str, Artifact] = {}
+    for number, stage in enumerate(found, 1):
+        missing = [name for name in stage.inputs if name not in finished]
+        if missing:
+            if stage.name in chosen:
+                raise ValueError(
+                    f"stage {stage.name} needs {', '.join(missing)}, not done yet and not selected: "
+                    f"widen --stages or --from"
+                )
+            continue
+        digests = {name: finished[name].digest for name in stage.inputs}
+        artifact = plan.look_up(recipe.storage.uri, stage, digests, lambda s, a: stages.is_current(s, a, tracker))
+        if artifact is not None:
+            display.say(f"[{number}/{len(found)}] {stage.name}: done before")
+        elif stage.name in chosen:
+            what = f"{stage.steps} steps" if stage.steps else stage.kind
+            display.begin_stage(number, len(found), stage.name, what)
+            lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
+            with StorageLock(lock, f"stage {stage.name} of recipe {recipe.name}", display.say):
+                artifact = _run_stage(recipe, stage, finished, digests, tracker, display)
+            display.end_stage(_summary(artifact))
+        if artifact is not None:
+            finished[stage.name] = artifact
+    return finished
+
+
+def _run_stage(
+    recipe: Recipe,
+    stage: Stage,
+    finished: dict[str, Artifact],
+    digests: dict[str, str],
+    tracker: Tracker,
+    display: Display,
+) -> Artifact:
+    fingerprint = stage.fingerprint(digests)
+    run_id = tracker.stage_run(stage.name, fingerprint, stage.config)
+    inputs = {name: finished[name] for name in stage.inputs}
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+            work = stages.Work(recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder))
+            artifact = stages.RUN[stage.kind](work)
+        status = "FINISHED"
+    except (KeyboardInterrupt, Stopped):
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(run_id, status)
+    return artifact
+
+
+def _summary(artifact: Artifact) -> str:
+    """The few figures of an artifact that fit behind a stage's last line."""
+    shown = ("images", "shards", "rejects", "duplicates", "copied", "loss", "images_per_s")
+    return ", ".join(f"{key} {artifact.info[key]:.5g}" for key in shown if key in artifact.info)
+
+
+def _conclude(recipe: Recipe, artifacts: dict[str, Artifact], tracker: Tracker, console: Console) -> None:
+    """The table, the decisions, and where everything lies."""
+    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        if "evaluate" in artifacts:
+            console.print(report.table(stages.read_results(artifacts["evaluate"], Path(folder))))
+    lines = []
+    if "promote" in artifacts:
+        for decision in artifacts["promote"].info["decisions"].values():
+            alias = "champion" if decision["promoted"] else "candidate only"
+            lines.append(f"{decision['name']} version {decision['version']}: {alias} ({decision['reason']})")
+    for name in recipe.final_trainings:
+        if name in artifacts:
+            lines.append(f"weights {name}: {artifacts[name].file_uri(stages.PTH)}")
+    lines.append(f"MLflow: {tracker.how_to_look}")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main(["pretrain", *sys.argv[1:]])

@@ -1,0 +1,65 @@
+"""Figures of the papers (configs/published.yaml) that belong to a network, a scale and a set."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import yaml
+from pydantic import Field, TypeAdapter
+from torch import Tensor
+
+from model import build
+from model.presets import PRESETS
+from model.weights import recognise
+from pipeline.settings import CONFIGS, Settings
+
+
+class Published(Settings):
+    """One row of a paper's table; figures by set, PSNR-Y in dB."""
+
+    model: str
+    arch: str | None
+    extra: str | None
+    scale: int
+    psnr_y: dict[str, float]
+    ssim_y: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The row's name, with what it was trained on beside DF2K."""
+        return f"{self.model} + {self.extra}" if self.extra else self.model
+
+
+@functools.cache
+def rows() -> tuple[Published, ...]:
+    """Every row of the data file."""
+    content = yaml.safe_load((CONFIGS / "published.yaml").read_text())
+    return tuple(TypeAdapter(list[Published]).validate_python(content))
+
+
+def beside(arch: str | None, scale: int, name: str) -> list[Published]:
+    """The rows of one network at one scale that tell a figure for a set; set names are compared without case."""
+    found = []
+    for row in rows():
+        known = {key.lower() for key in row.psnr_y}
+        if arch is not None and row.arch == arch and row.scale == scale and name.lower() in known:
+            found.append(row)
+    return found
+
+
+def preset_of(state: Mapping[str, Tensor]) -> str | None:
+    """The published network whose sizes a state dict has (hat_s, hat, hat_l, hmanet), or None."""
+    found = recognise(state)
+    for arch in PRESETS:
+        with torch.device("meta"):
+            config: dict[str, Any] = build(arch, found["scale"]).config
+        if all(_plain(config.get(key)) == _plain(value) for key, value in found.items() if key != "arch") and (
+            arch == "hmanet"
+        ) == (found["arch"] == "hmanet"):
+            return arch
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

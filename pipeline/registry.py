@@ -1,0 +1,188 @@
+"""The MLflow model registry: one registered model per scale, and what each version of it carries.
+
+Aliases `candidate`, `champion` and `previous` name versions; `promotion` moves the latter two.
+"""
+
+import json
+import re
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+
+from pipeline import report
+from pipeline.config import RegistryConfig
+from pipeline.evaluate import SetResult
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTENT_TAG, SCALE_TAG = "hatchery.content", "hatchery.scale"
+EVALUATION, RECIPE = "evaluation.json", "recipe.json"
+SIGNATURE = ModelSignature(
+    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
+    outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
+)
+
+
+def model_name(registry: RegistryConfig, scale: int) -> str:
+    """The registered model of a scale."""
+    return f"{registry.name}-x{scale}"
+
+
+def register(
+    client: MlflowClient, run_id: str, name: str, files: dict[str, Path], options: dict[str, Any], tags: dict[str, str]
+) -> ModelVersion:
+    """Log the model below a run, register it as the next version of `name` and call it `candidate`.
+
+    files: what the version carries, by name: weights.pth (which the model loads) and whatever else; options: what
+    `model.load` must be told beside; tags must hold CONTENT_TAG: a version with the same content is used again.
+    """
+    found = find_version(client, name, tags[CONTENT_TAG])
+    if found is None:
+        with tempfile.TemporaryDirectory(prefix="hatchery-model-") as folder:
+            options_file = Path(folder, "options.json")
+            options_file.write_text(json.dumps(options))
+            carried = {"weights": files["weights.pth"], "options": options_file}
+            carried |= {file: path for file, path in files.items() if file != "weights.pth"}
+            with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+                logged = mlflow.pyfunc.log_model(
+                    name=name,
+                    python_model=str(ROOT / "pipeline" / "pyfunc_model.py"),
+                    artifacts={key: str(path) for key, path in carried.items()},
+                    code_paths=[str(ROOT / "model")],
+                    signature=SIGNATURE,
+                    input_example=np.zeros((1, 8, 8, 3), np.uint8),
+                    pip_requirements=_requirements(),
+                )
+        found = mlflow.register_model(logged.model_uri, name, tags=tags)
+    client.set_registered_model_alias(name, "candidate", found.version)
+    return found
+
+
+def _requirements() -> list[str]:
+    """What the package `model` imports, at the versions that the model was made with."""
+    packages = ("mlflow", "torch", "numpy", "pillow", "safetensors")
+    return [f"{package}=={version(package).split('+')[0]}" for package in packages]
+
+
+def fetch_model(client: MlflowClient, uri: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Download a registered version's weights and what `model.load` must be told beside.
+
+    uri: `models:/name@alias` or `models:/name/version`. ValueError for one that is not there or not Hatchery's.
+    """
+    mlflow.set_tracking_uri(client.tracking_uri)
+    mlflow.set_registry_uri(client.tracking_uri)
+    if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/\d+)", uri):
+        raise ValueError(f"{uri!r} is no registered model: write models:/NAME@champion or models:/NAME/VERSION")
+    try:
+        mlflow.artifacts.download_artifacts(uri, dst_path=str(folder))
+    except MlflowException as error:
+        raise ValueError(f"{uri} cannot be had from {client.tracking_uri}: {error.message}") from error
+    weights, options = folder / "artifacts" / "weights.pth", folder / "artifacts" / "options.json"
+    if not weights.is_file() or not options.is_file():
+        raise ValueError(f"{uri} was not registered by Hatchery: it holds no artifacts/weights.pth and options.json")
+    return weights, json.loads(options.read_text())
+
+
+def champion_of(client: MlflowClient, scale: int) -> str:
+    """The URI of the only champion that upscales by `scale`; ValueError where there is none, or several."""
+    held = [
+        f"models:/{model.name}@champion"
+        for model in client.search_registered_models()
+        if "champion" in model.aliases
+        and client.get_model_version_by_alias(model.name, "champion").tags.get(SCALE_TAG) == str(scale)
+    ]
+    if len(held) != 1:
+        found = f"several champions for x{scale}: choose one, --model" if held else f"no champion for x{scale}"
+        raise ValueError(f"{client.tracking_uri} holds {' '.join([found, ', '.join(held)])}".rstrip())
+    return held[0]
+
+
+def find_version(client: MlflowClient, name: str, content: str) -> ModelVersion | None:
+    """The newest version of a registered model that holds this content, or None."""
+    versions = client.search_model_versions(f"name = '{name}'")
+    held = [found for found in versions if found.tags.get(CONTENT_TAG) == content and found.status == "READY"]
+    return max(held, key=lambda found: int(found.version), default=None)
+
+
+def by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version that an alias points to, or None."""
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def registered(client: MlflowClient, name: str) -> RegisteredModel:
+    """A registered model; ValueError, naming some that there are, where it is unknown."""
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = ", ".join(model.name for model in client.search_registered_models(max_results=10)) or "none yet"
+        raise ValueError(f"no registered model {name!r}; registered are: {known}") from error
+
+
+def resolve(client: MlflowClient, uri: str) -> ModelVersion:
+    """The version that `models:/NAME@alias` or `models:/NAME/version` names; ValueError where there is none."""
+    found = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    if found is None:
+        raise ValueError(f"{uri!r} is not of the form models:/NAME@alias or models:/NAME/version")
+    name, alias, version = found.groups()
+    registered(client, name)
+    if alias:
+        by_name = by_alias(client, name, alias)
+        if by_name is None:
+            raise ValueError(f"{uri}: {name} has no version called {alias}: promote one, or name a version by number")
+        return by_name
+    try:
+        return client.get_model_version(name, version)
+    except MlflowException as error:
+        newest = client.search_model_versions(f"name = '{name}'", max_results=1)
+        raise ValueError(f"{uri}: {name} has no version {version}, its newest is {newest[0].version}") from error
+
+
+def fetch(version: ModelVersion, file: str, folder: Path) -> Path:
+    """A file that a version carries on the local disk; ValueError where it does not carry it."""
+    uri = f"models:/{version.name}/{version.version}/artifacts/{file}"
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder)))
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"{version.name} version {version.version} carries no {file}: register it again") from error
+
+
+def read_weights(version: ModelVersion, folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """The .pth of a version, and the options that belong to it."""
+    return fetch(version, "weights.pth", folder).read_bytes(), read_options(version, folder)
+
+
+def read_options(version: ModelVersion, folder: Path) -> dict[str, Any]:
+    """What `model.load` must be told beside a version's weights."""
+    return dict(json.loads(fetch(version, "options.json", folder).read_text()))
+
+
+def read_report(version: ModelVersion, folder: Path) -> list[SetResult]:
+    """The evaluation that a version was registered with; empty where it carries none."""
+    try:
+        return report.from_json(fetch(version, EVALUATION, folder).read_text())
+    except ValueError:
+        return []
+
+
+def metric_tags(results: list[SetResult]) -> dict[str, str]:
+    """A model's figures as tags of its version: `psnr_y.Set5` and so on."""
+    return {
+        f"{metric}.{result.set}": f"{getattr(result, metric):.6f}"
+        for result in results
+        for metric in result.protocol.metrics
+    }

@@ -1,0 +1,223 @@
+"""Retraining on a domain: what is new since last time is sharded, the champion fine-tuned on it, judged and gated.
+
+python pipeline/retrain.py DOMAIN.yaml          (or: hatchery retrain DOMAIN.yaml)
+ray job submit --working-dir . -- python pipeline/retrain.py DOMAIN.yaml
+
+Each call either continues the round that is open, or opens one where enough images are new, or says that nothing is
+to be done. A round is a recipe of its own, so that everything of the main job holds: finished stages are skipped, a
+killed training goes on from its checkpoint, figures and versions are in MLflow.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__" and sys.path[0] != str(ROOT):
+    # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
+    sys.path[0] = str(ROOT)
+
+import datetime  # noqa: E402
+import tempfile  # noqa: E402
+from contextlib import ExitStack  # noqa: E402
+from typing import Any  # noqa: E402
+
+from mlflow import MlflowClient  # noqa: E402
+from mlflow.entities.model_registry import ModelVersion  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from data_prep import sources, storage  # noqa: E402
+from model.weights import read_weights, recognise  # noqa: E402
+from pipeline import pretrain, registry, tracking  # noqa: E402
+from pipeline.config import (  # noqa: E402
+    DataConfig,
+    MixPartConfig,
+    ModelConfig,
+    Recipe,
+    RegistryConfig,
+    TrainingConfig,
+    tracking_uri,
+)
+from pipeline.domain import MIX, PHASE, DomainConfig  # noqa: E402
+from pipeline.ledger import Ledger, Round, with_roles  # noqa: E402
+from pipeline.lock import LockedError, StorageLock  # noqa: E402
+
+DAY_S = 86_400
+
+
+def run(
+    domain: DomainConfig, console: Console, address: str | None = None, debug: bool = False, now: bool = False
+) -> dict[str, Any] | None:
+    """Continue, begin or decline a retraining; what was decided, None where nothing was to be done.
+
+    now: retrain on whatever is new, however little.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    storage.check_writable(domain.storage.uri)
+    ledger = Ledger(domain.storage.uri, domain.name)
+    with ExitStack() as stack:
+        try:
+            lock = StorageLock(storage.join(ledger.uri, "retrain.lock"), f"retraining of {domain.name}", say)
+            stack.enter_context(lock)
+        except LockedError as error:
+            say(f"{domain.name}: leaving it to another run: {error}")
+            return None
+        client = tracking.connect_default(tracking_uri(domain))
+        rounds = ledger.rounds()
+        if rounds and ledger.outcome(rounds[-1].number) is None:
+            say(f"{domain.name}: round {rounds[-1].number} was interrupted, continuing it")
+        else:
+            opened = _open_round(domain, ledger, client, rounds, now, say)
+            if opened is None:
+                return None
+            rounds.append(opened)
+        return _run_round(domain, ledger, client, rounds, console, address, debug)
+
+
+def _open_round(
+    domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round], now: bool, say: Any
+) -> Round | None:
+    """A new round, if enough is new; None, having said so, if not."""
+    new, unusable = ledger.new_images(_arrived(domain), domain.min_side_px)
+    if unusable:
+        say(f"{domain.name}: {unusable} files cannot be used (damaged, or a side below {domain.min_side_px} px)")
+    waited_days = ledger.waited_s(new) / DAY_S
+    overdue = domain.max_wait_days is not None and bool(new) and waited_days >= domain.max_wait_days
+    if not new or not (now or overdue or len(new) >= domain.min_new_images):
+        needed = f", {domain.min_new_images} make a retraining worthwhile" if new else ""
+        say(f"{domain.name}: {len(new)} new images{needed}: nothing to do")
+        return None
+    held_before = sum(image.role == "hold-out" for entry in rounds for image in entry.images)
+    images = with_roles(new, domain.hold_out_share, domain.min_hold_out - held_before)
+    num_held = sum(image.role == "hold-out" for image in images)
+    if num_held == len(images):
+        say(
+            f"{domain.name}: all {len(images)} new images are held out for judgement, none is left to train on: waiting"
+        )
+        return None
+    start = _start_version(domain, client)
+    opened = Round(
+        number=rounds[-1].number + 1 if rounds else 1,
+        start=f"models:/{start.name}/{start.version}",
+        opened=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        images=tuple(images),
+    )
+    say(
+        f"{domain.name}: round {opened.number} with {len(images) - num_held} new images to train on and {num_held} "
+        f"held out, from {opened.start}"
+    )
+    ledger.open(opened)
+    return opened
+
+
+def _arrived(domain: DomainConfig) -> list[sources.Item]:
+    """What lies at the domain's source now; an empty folder is no error here."""
+    try:
+        return sources.list_items(domain.source, list(domain.include), list(domain.exclude))
+    except storage.StorageError:
+        raise
+    except ValueError as error:
+        if "no images" in str(error) and _is_there(domain.source):
+            return []
+        raise
+
+
+def _is_there(source: str) -> bool:
+    return not storage.is_local(source) or Path(storage.normalise(source)).exists()
+
+
+def _start_version(domain: DomainConfig, client: MlflowClient) -> ModelVersion:
+    """What is fine-tuned: the champion of the model that results are registered as, else the base."""
+    base = registry.resolve(client, domain.base)
+    if domain.registered_as and domain.registered_as != base.name:
+        own = registry.by_alias(client, domain.registered_as, "champion")
+        return own or base
+    return base
+
+
+def _run_round(
+    domain: DomainConfig,
+    ledger: Ledger,
+    client: MlflowClient,
+    rounds: list[Round],
+    console: Console,
+    address: str | None,
+    debug: bool,
+) -> dict[str, Any]:
+    recipe = round_recipe(domain, ledger, client, rounds)
+    finished = pretrain.run(recipe, pretrain.Choice(), console, address, debug)
+    (decision,) = finished["promote"].info["decisions"].values()
+    outcome = {"round": rounds[-1].number, "start": rounds[-1].start, **decision}
+    ledger.close(rounds[-1].number, outcome)
+    return outcome
+
+
+def round_recipe(domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round]) -> Recipe:
+    """The recipe of the last round: all rounds' images mixed with replay, from the version the round starts from."""
+    start = registry.resolve(client, rounds[-1].start)
+    model, scale = _model_of(start)
+    shared = {"samples_per_shard": domain.samples_per_shard, "min_side_px": domain.min_side_px}
+    names = tuple(f"{domain.name}-{entry.number:04}" for entry in rounds)
+    data = {
+        name: DataConfig(source=ledger.train_uri(entry.number), max_reject_share=0, **shared)
+        for name, entry in zip(names, rounds, strict=True)
+    }
+    old = domain.replay
+    data["replay"] = DataConfig(
+        source=old.source, include=old.include, exclude=old.exclude, max_reject_share=domain.max_reject_share, **shared
+    )
+    mix = (MixPartConfig(data=names, share=1 - old.share), MixPartConfig(data=("replay",), share=old.share))
+    sets = {domain.name: ledger.hold_out_uri, **domain.evaluate.sets}
+    return Recipe(
+        name=f"retrain-{domain.name}",
+        seed=domain.seed,
+        storage=domain.storage,
+        tracking=domain.tracking,
+        compute=domain.compute,
+        model=model,
+        data=data,
+        mixes={MIX: mix},
+        phases={PHASE: domain.training},
+        trainings={names[-1]: TrainingConfig(scale=scale, phase=PHASE, init_weights=rounds[-1].start)},
+        evaluate=domain.evaluate.model_copy(update={"sets": sets}),
+        registry=RegistryConfig(name=_registry_name(domain, start, scale), gate=domain.gate),
+    )
+
+
+def _model_of(version: ModelVersion) -> tuple[ModelConfig, Any]:
+    """The network of a registered version, as a recipe says it, and its scale."""
+    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        found = recognise(read_weights(registry.fetch(version, "weights.pth", Path(folder))))
+        options = registry.read_options(version, Path(folder))
+    arch, scale = found.pop("arch"), found.pop("scale")
+    return ModelConfig(arch=arch, options=found | options), scale
+
+
+def _registry_name(domain: DomainConfig, start: ModelVersion, scale: int) -> str:
+    """The registered model's name without the scale that is appended to it."""
+    name = domain.registered_as or start.name
+    if not name.endswith(f"-x{scale}"):
+        raise ValueError(
+            f"registered model {name!r} upscales x{scale}: set registered_as to a name that ends in -x{scale}"
+        )
+    return name.removesuffix(f"-x{scale}")
+
+
+def dry_run(domain: DomainConfig, console: Console) -> None:
+    """Say what a call would do, without doing it."""
+    ledger = Ledger(domain.storage.uri, domain.name)
+    rounds = ledger.rounds()
+    if rounds and ledger.outcome(rounds[-1].number) is None:
+        text = f"round {rounds[-1].number} is open and would be continued"
+    else:
+        new, unusable = ledger.new_images(_arrived(domain), domain.min_side_px)
+        text = f"{len(new)} new images ({unusable} files cannot be used), {domain.min_new_images} make a retraining"
+    console.print(f"{domain.name}: {text}; {len(rounds)} rounds so far", soft_wrap=True, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    from pipeline.cli import main
+
+    main(["retrain", *sys.argv[1:]])

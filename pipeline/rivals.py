@@ -1,0 +1,84 @@
+"""The figures of a candidate's rival: from the report its version carries, or judged again where that does not fit."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from pipeline import registry
+from pipeline.benchmark import read_set
+from pipeline.costs import measure_costs
+from pipeline.evaluate import SetResult, Weights, evaluate, load_bytes
+from pipeline.gate import Costs, Verdict, decide
+from pipeline.lineage import PARENT_TAG
+from pipeline.rule import GateConfig
+
+
+def judge_candidate(
+    mine: list[SetResult],
+    candidate: ModelVersion,
+    champion: ModelVersion | None,
+    rule: GateConfig,
+    sets: Mapping[str, str],
+    include: Mapping[str, tuple[str, ...]],
+) -> Verdict:
+    """The gate's verdict on a candidate with results `mine`; Ray must be initialised. sets: name -> folder or URI.
+
+    The rival is the champion; where there is none, the version that the candidate was started from, else bicubic.
+    """
+    rival = champion or parent_of(candidate)
+    if rival is None:
+        return decide(mine, None, "bicubic", rule)
+    title = f"champion version {rival.version}" if champion else f"{rival.name} version {rival.version}, its start"
+    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        theirs = rival_results(rival, mine, rule, sets, include, Path(folder))
+        costs = None
+        if rule.max_slowdown is not None or rule.max_growth is not None:
+            costs = compare_costs(candidate, rival, Path(folder))
+    return decide(mine, theirs, title, rule, costs)
+
+
+def parent_of(version: ModelVersion) -> ModelVersion | None:
+    """The registered version that a version was started from, if it was."""
+    uri = version.tags.get(PARENT_TAG)
+    return registry.resolve(MlflowClient(), uri) if uri else None
+
+
+def rival_results(
+    rival: ModelVersion,
+    mine: list[SetResult],
+    rule: GateConfig,
+    sets: Mapping[str, str],
+    include: Mapping[str, tuple[str, ...]],
+    folder: Path,
+) -> list[SetResult]:
+    """The rival's results on the rule's sets, on the same images and by the same protocol as `mine`."""
+    carried = {result.set: result for result in registry.read_report(rival, folder)}
+    found, weights = [], None
+    for result in mine:
+        if result.set not in rule.sets:
+            continue
+        if result.set in carried and _comparable(carried[result.set], result):
+            found.append(carried[result.set])
+            continue
+        weights = weights or Weights.put(*registry.read_weights(rival, folder))
+        images = read_set(sets[result.set], result.scale, tuple(include.get(result.set, ())))
+        name = f"{rival.name} version {rival.version}"
+        found.append(evaluate(name, result.scale, weights, result.set, images, result.protocol).result)
+    return found
+
+
+def _comparable(theirs: SetResult, mine: SetResult) -> bool:
+    same_images = {image.digest for image in theirs.images} == {image.digest for image in mine.images}
+    return same_images and theirs.protocol == mine.protocol and theirs.scale == mine.scale
+
+
+def compare_costs(candidate: ModelVersion, rival: ModelVersion, folder: Path) -> Costs:
+    """Time and size of two versions, measured here and now."""
+    networks = []
+    for version in (candidate, rival):
+        (place := folder / f"{version.name}-{version.version}").mkdir(exist_ok=True)
+        networks.append(load_bytes(*registry.read_weights(version, place)))
+    return measure_costs(*networks)

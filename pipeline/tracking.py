@@ -1,0 +1,269 @@
+"""MLflow: one parent run per recipe run, one child run per stage, found again by tags when a run is resumed.
+
+Metrics are buffered: training goes on while the server does not answer, and what it missed arrives later.
+"""
+
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import mlflow
+import requests
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from data_prep import storage
+from pipeline import config
+from pipeline.config import Recipe
+
+# A call to a dead server must fail in seconds: metrics are retried by the buffer below.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+
+RECIPE_TAG, STAGE_TAG, FINGERPRINT_TAG = "hatchery.recipe_digest", "hatchery.stage", "hatchery.fingerprint"
+_BATCH, _PARAM_CHARS = 100, 6000  # MLflow's limits on params per call and characters per value
+
+PATIENCE_S = 300  # how long a call that cannot wait in the buffer waits for the server
+_PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+
+
+class TrackingError(ValueError):
+    """MLflow cannot be used; the message names the URI and the remedy."""
+
+
+class Tracker:
+    """The runs of one recipe in one MLflow server."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.uri = config.tracking_uri(recipe)
+        self.impatient = connect(self.uri)
+        self.client = cast(MlflowClient, _Patient(self.impatient, PATIENCE_S if "://" in self.uri else 0))
+        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_registry_uri(self.uri)
+        self.experiment_id = self._experiment()
+        self.parent_id = self._parent()
+        self.pending: list[tuple[str, Metric]] = []
+        self.later: list[Callable[[], None]] = []
+        self.last_flush = 0.0
+
+    def _experiment(self) -> str:
+        """The experiment's id; a new one in a local SQLite store keeps its artifacts beside the database."""
+        name = self.recipe.tracking.experiment
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            if found.lifecycle_stage != "active":
+                raise TrackingError(
+                    f"MLflow experiment {name!r} was deleted: restore it or choose another tracking.experiment"
+                )
+            return str(found.experiment_id)
+        location = None
+        if self.uri.startswith("sqlite:///"):
+            location = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts")
+        return str(self.client.create_experiment(name, artifact_location=location))
+
+    def _parent(self) -> str:
+        """The recipe run: the one of the same recipe and storage if there is one, else a new one with its config."""
+        place = storage.normalise(self.recipe.storage.uri)
+        tags = {RECIPE_TAG: self.recipe.digest, "hatchery.storage": place}
+        found = self._find(tags)
+        if found:
+            self.client.update_run(found, status="RUNNING")
+            return found
+        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=tags)
+        resolved = self.recipe.model_dump(mode="json")
+        self.client.log_dict(run.info.run_id, resolved, "recipe.yaml")
+        self.log_params(run.info.run_id, config.flatten(resolved))
+        return str(run.info.run_id)
+
+    def _find(self, tags: dict[str, str]) -> str | None:
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        runs = self.client.search_runs(
+            [self.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]
+        )
+        return str(runs[0].info.run_id) if runs else None
+
+    def stage_run(self, stage: str, fingerprint: str, params: dict[str, Any]) -> str:
+        """The child run of a stage: the one begun earlier for the same fingerprint, else a new one."""
+        tags = {"mlflow.parentRunId": self.parent_id, STAGE_TAG: stage, FINGERPRINT_TAG: fingerprint}
+        found = self._find(tags)
+        if found:
+            self.client.update_run(found, status="RUNNING")
+            return found
+        run = self.client.create_run(self.experiment_id, run_name=stage, tags=tags)
+        self.log_params(run.info.run_id, config.flatten(params))
+        return str(run.info.run_id)
+
+    def log_params(self, run_id: str, params: dict[str, Any]) -> None:
+        """Parameters of a run; values are shortened to what MLflow takes."""
+        entries = [Param(key, str(value)[:_PARAM_CHARS]) for key, value in params.items()]
+        for begin in range(0, len(entries), _BATCH):
+            self.client.log_batch(run_id, params=entries[begin : begin + _BATCH])
+
+    def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
+        """Tags of a run."""
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
+        """Put metrics into the buffer, which is sent at most every two seconds."""
+        now_ms = int(time.time() * 1000)
+        self.pending += [(run_id, Metric(key, float(value), now_ms, step)) for key, value in metrics.items()]
+        if time.monotonic() - self.last_flush > 2:
+            self._try_flush()
+
+    def tag_later(self, run_id: str, tags: dict[str, str]) -> None:
+        """Tags of a run, now or as soon as the server answers again."""
+        entries = [RunTag(key, value) for key, value in tags.items()]
+        self._later(lambda: self.impatient.log_batch(run_id, tags=entries))
+
+    def log_bytes_later(self, run_id: str, name: str, content: bytes) -> None:
+        """A file among the run's artifacts, now or as soon as the server answers again."""
+
+        def send() -> None:
+            with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+                file = Path(folder, Path(name).name)
+                file.write_bytes(content)
+                self.impatient.log_artifact(run_id, str(file), _folder_of(name))
+
+        self._later(send)
+
+    def _later(self, call: Callable[[], None]) -> None:
+        self.later.append(call)
+        self._try_flush()
+
+    def _try_flush(self) -> Exception | None:
+        self.last_flush = time.monotonic()
+        try:
+            while self.later:
+                self.later[0]()
+                del self.later[0]
+            while self.pending:
+                run_id = self.pending[0][0]
+                batch = [metric for owner, metric in self.pending[:1000] if owner == run_id]
+                self.impatient.log_batch(run_id, metrics=batch)
+                sent = {id(metric) for metric in batch}
+                self.pending = [entry for entry in self.pending if id(entry[1]) not in sent]
+        except (MlflowException, requests.RequestException) as error:
+            return error
+        return None
+
+    def flush(self, patience_s: float = PATIENCE_S) -> None:
+        """Send what is buffered, retrying for a while; TrackingError when the server stays away."""
+        deadline = time.monotonic() + patience_s
+        while (error := self._try_flush()) is not None:
+            if time.monotonic() > deadline:
+                raise TrackingError(
+                    f"MLflow at {self.uri} did not take {len(self.pending)} metrics: {error}"
+                ) from error
+            time.sleep(2)
+
+    def log_dataset(self, run_id: str, name: str, digest: str, uri: str) -> None:
+        """A data set that the run's result was made from; MLflow keeps the digest's first 32 characters."""
+        kind = "s3" if uri.startswith("s3://") else "local"
+        source = json.dumps({"uri": uri, "digest": digest})
+        found = DatasetInput(Dataset(name, digest[:32], kind, source), [InputTag("mlflow.data.context", "training")])
+        self.client.log_inputs(run_id, [found])
+
+    def log_files(self, run_id: str, files: dict[str, Path]) -> None:
+        """Local files as artifacts of a run: path below the run's artifacts -> local file of the same base name."""
+        for name, path in files.items():
+            self.client.log_artifact(run_id, str(path), _folder_of(name))
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """End a run: FINISHED, FAILED or KILLED."""
+        self.flush()
+        self.client.set_terminated(run_id, status)
+
+    @property
+    def how_to_look(self) -> str:
+        """The address of the MLflow UI, or the command that starts it."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.parent_id}"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+def _folder_of(name: str) -> str | None:
+    folder = str(Path(name).parent)
+    return None if folder == "." else folder
+
+
+class _Patient:
+    """An MlflowClient whose calls are repeated while the server does not answer."""
+
+    def __init__(self, client: MlflowClient, patience_s: float) -> None:
+        self._client = client
+        self._patience_s = patience_s
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            deadline = time.monotonic() + self._patience_s
+            while True:
+                try:
+                    return method(*args, **options)
+                except (MlflowException, requests.RequestException) as error:
+                    if not _may_pass(error) or time.monotonic() > deadline:
+                        raise
+                time.sleep(3)
+
+        return call
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the server was out of reach, rather than said no."""
+    return not isinstance(error, MlflowException) or error.error_code in _PASSING
+
+
+def connect_default(uri: str | None) -> MlflowClient:
+    """A client of the server given, else of $MLFLOW_TRACKING_URI, else of the database below runs/.
+
+    MLflow's own functions use it from then on. TrackingError where there is none of the three.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        database = Path("runs", "mlflow.db").absolute()
+        if not database.is_file():
+            raise TrackingError(
+                f"no MLflow store: {database} is absent; give --tracking-uri, or set MLFLOW_TRACKING_URI"
+            )
+        uri = f"sqlite:///{database}"
+    client = connect(uri)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return client
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client of the server or database at `uri`; TrackingError, with the remedy, where it does not answer."""
+    if uri.startswith(("http://", "https://")):
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
+        except requests.RequestException as error:
+            raise TrackingError(
+                f"MLflow at {uri} does not answer ({type(error).__name__}): start the server or correct tracking.uri"
+            ) from error
+    elif uri.startswith("sqlite:///"):
+        try:
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrackingError(
+                f"MLflow database {uri} cannot be made: {error}; choose another tracking.uri"
+            ) from error
+    try:
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrackingError(f"MLflow at {uri} cannot be used ({reason}): correct tracking.uri") from error
+    return client

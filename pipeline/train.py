@@ -1,0 +1,239 @@
+"""One training: what every Ray Train worker runs. Reads from top to bottom: step, log, validate, save.
+
+The result depends on the recipe alone: sample order, crops and global batches are the same for any number of
+workers, and a run that was stopped anywhere continues from its last checkpoint as if it had not been.
+"""
+
+import faulthandler
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from data_prep import storage
+from data_prep.loader import Batch
+from pipeline import checkpoint, zero
+from pipeline.communication import CommunicationProbe
+from pipeline.config import digest_of
+from pipeline.launch import TrainJob
+from pipeline.monitor import StopWatch
+from pipeline.schedule import learning_rate
+from pipeline.window import Window
+from pipeline.worker import Run, fresh_network, set_up
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train to the phase's last step and say how it ended (see pipeline.launch.run_training).
+
+    config: {"job": TrainJob as dict, "mailbox": actor handle, "images": reference to validation images or None}.
+    """
+    job = TrainJob.model_validate(config["job"])
+    with _not_hanging(job.compute.hang_timeout_s) as alive:
+        run = set_up(job, config["mailbox"], config["images"])
+        outcome = _train(run, alive)
+        if run.validator is not None:
+            run.validator.wait()
+        # calls arrive in order: once this one is answered, all records are there, and the process may end
+        ray.get(run.mailbox.stop_requested.remote())
+    return outcome
+
+
+class _Alarm:
+    """Ends this process, with every thread's traceback in its log, unless `rearm` is called in time.
+
+    Works even where the interpreter is stuck in a library; Ray sees a dead worker and restarts the group.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.armed_at = float("-inf")
+
+    def rearm(self) -> None:
+        """A sign of life."""
+        if time.monotonic() - self.armed_at > min(1.0, self.timeout_s / 10):
+            self.armed_at = time.monotonic()
+            faulthandler.dump_traceback_later(self.timeout_s, exit=True)
+
+
+@contextmanager
+def _not_hanging(timeout_s: float) -> Iterator[_Alarm]:
+    alarm = _Alarm(timeout_s)
+    alarm.rearm()
+    try:
+        yield alarm
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
+    phase, every = run.job.phase, run.job.validation.every
+    window, watch, probe, bad_steps = Window(run.device), StopWatch(run.mailbox), CommunicationProbe(), 0
+    metrics: dict[str, float] = {}
+    trace = _Trace(run)
+    while run.step < phase.steps:
+        alive.rearm()
+        last, logging = run.step + 1 == phase.steps, (run.step + 1) % phase.log_every == 0
+        if last or logging:
+            probe.begin()
+        trace.before_step()
+        rate = learning_rate(run.step, phase)
+        keys = step(run, window, rate, want_stop=run.rank == 0 and watch.poll())
+        trace.after_step()
+        bad_steps = 0 if run.optimizer.applied else bad_steps + 1
+        if bad_steps:
+            _tell_of_bad_step(run, keys)
+            if bad_steps > run.job.compute.bad_steps_tolerated:
+                return _roll_back(run, bad_steps)
+        if last or logging:
+            metrics = _log(run, window, probe.end(), rate)
+        if run.validator is not None and (last or (every and run.step % every == 0)):
+            metrics |= _validate(run, alive)
+        stop = run.optimizer.stop_wanted
+        if run.step % phase.checkpoint_every == 0 or last or stop:
+            save(run, metrics)
+        if stop and not last:
+            return {"kind": "stopped", "step": run.step}
+    return {"kind": "done", "step": run.step}
+
+
+def step(run: Run, window: Window, rate: float, *, want_stop: bool = False) -> list[str]:
+    """One optimizer step at a learning rate, and the averages after it; the names of this rank's samples."""
+    torch.manual_seed(_seed(run.job.seed, run.step, run.rank))  # drop path draws the same after a resume
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.begin_step(want_stop=want_stop)
+    keys = _global_batch(run, window)
+    run.step += 1
+    window.steps += 1
+    if run.optimizer.applied:
+        run.ema.update()
+    return keys
+
+
+def _global_batch(run: Run, window: Window) -> list[str]:
+    """This rank's micro-batches of one optimizer step, and the step (DeepSpeed takes it after the last one)."""
+    keys: list[str] = []
+    for _ in range(run.passes):
+        with window.timing("data_wait_s"):
+            batch = next(run.batches)
+            keys += batch.keys
+        with window.timing("forward_s"):
+            loss = _weighted_loss(run, batch)
+        with window.timing("backward_s"):
+            run.engine.backward(loss)
+        with window.timing("optimizer_s"):
+            run.engine.step()
+        window.add(loss)
+    return keys
+
+
+def _weighted_loss(run: Run, batch: Batch) -> Tensor:
+    """The micro-batch's mean loss times its share of the global batch, relative to an even share.
+
+    DeepSpeed takes the mean over ranks and passes, and the shares differ where the numbers do not divide. A rank
+    without samples takes part with a loss of zero.
+    """
+    if not batch.keys:
+        side = run.job.phase.patch_px
+        return run.engine(torch.zeros(1, 3, side, side, device=run.device)).float().sum() * 0
+    high_res = batch.high_res.to(run.device, non_blocking=True)
+    loss = run.loss(run.engine(batch.low_res.to(run.device, non_blocking=True)).float(), high_res)
+    weight = len(batch.keys) * run.passes * run.world_size / run.job.phase.global_batch
+    return loss if weight == 1 else loss * weight
+
+
+def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[str, float]:
+    """Collective: the window's metrics, told to the driver; every node tells of its own usage."""
+    metrics = window.close(run.job.phase.global_batch)
+    metrics |= {"learning_rate": rate, "grad_norm": run.optimizer.grad_norm, "communication_s": communication_s}
+    metrics["percent_of_peak"] = 100 * metrics["images_per_s"] * run.peak_share_per_image_per_s
+    run.report({"metrics": metrics})
+    if run.system is not None:
+        run.mailbox.post.remote({"step": run.step, "system": run.system.look()})
+    return metrics
+
+
+def _validate(run: Run, alive: _Alarm) -> dict[str, float]:
+    """Collective: judge the averaged weights, keep the best."""
+    assert run.validator is not None
+    alive.rearm()
+    weights = zero.gathered_ema(run.engine, run.ema, run.job.compute.zero_stage)
+    network = fresh_network(run.job).to(run.device).eval()
+    record = run.validator.judge(network, weights, run.step, run.job.validation.pictures)
+    run.report(record)
+    metrics: dict[str, float] = record["metrics"]
+    return metrics
+
+
+class _Trace:
+    """torch.profiler over the steps that compute.profile_steps names, on rank 0; the trace goes to the storage."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.steps = run.job.compute.profile_steps if run.rank == 0 else None
+        self.profiler: torch.profiler.profile | None = None
+
+    def before_step(self) -> None:
+        """Begin with the first step."""
+        if self.steps and self.profiler is None and self.steps[0] <= self.run.step + 1 <= self.steps[1]:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.start()
+
+    def after_step(self) -> None:
+        """End after the last step and publish."""
+        if self.profiler is None or self.steps is None or self.run.step < self.steps[1]:
+            return
+        self.profiler.stop()
+        name = f"profile-steps-{self.steps[0]}-{self.steps[1]}.json.gz"
+        with tempfile.TemporaryDirectory(prefix="hatchery-profile-") as folder:
+            file = Path(folder, name)
+            self.profiler.export_chrome_trace(str(file))
+            uri = storage.join(self.run.job.checkpoints_uri, name)
+            storage.upload(file, uri)
+        self.run.report({"files": {name: uri}})
+        self.profiler, self.steps = None, None
+
+
+def save(run: Run, metrics: dict[str, float]) -> None:
+    """Collective. At ZeRO 0 every rank holds everything, so only rank 0 saves."""
+    stage = run.job.compute.zero_stage
+    best = run.validator.best if run.validator is not None else None
+    if run.validator is not None:
+        run.validator.wait()
+    meta = {
+        "step": run.step,
+        "data_step": run.step + run.data_offset,
+        "optimizer_steps": zero.optimizer_step(run.engine),
+        "job": run.job.model_dump(mode="json"),
+        "job_digest": run.job.digest,
+        "zero_stage": stage,
+        "world_size": run.world_size,
+        "layout": zero.layout(run.engine, stage),
+        "best": best.model_dump() if best else None,
+    }
+    part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
+    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri)
+
+
+def _tell_of_bad_step(run: Run, keys: list[str]) -> None:
+    """Every rank names the samples of a step that was not applied."""
+    named = ", ".join(keys)
+    warning = f"step {run.step} not applied: gradient norm {run.optimizer.grad_norm}; rank {run.rank} had {named}"
+    run.mailbox.post.remote({"step": run.step, "warning": warning})
+
+
+def _roll_back(run: Run, bad_steps: int) -> dict[str, Any]:
+    """How the driver is told to go back to the last checkpoint, and from which data position to go on."""
+    reason = f"{bad_steps} steps in a row up to step {run.step} had a non-finite loss or gradient"
+    # the last checkpoint's step is not known here; an offset past all data seen so far is fresh from any of them
+    return {"kind": "roll_back", "step": run.step, "data_offset": run.step + run.data_offset, "reason": reason}
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return int(digest_of([seed, step, rank])[:15], 16)

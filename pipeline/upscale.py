@@ -1,0 +1,227 @@
+"""`hatchery upscale` and `hatchery export`: images, and other runtimes, from weights files and registered models.
+
+Weights and targets are checked before any work. A broken image in a folder is named and passed over.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+
+from model import load
+from model.blocks import NUM_FEAT, UpscalingNetwork
+from model.inference import upscale
+from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
+from model.precision import resolve_precision
+from model.tiles import OVERLAP, Tiler
+from pipeline.progress import Display
+
+BODY_TENSORS = {"hat": 13, "hmanet": 40}
+HEAD_TENSORS = 3
+"""How many tensors of embed_dim channels, or of NUM_FEAT channels in high resolution, exist at once. Measured for
+HAT in fp32: 8.6 kB a pixel at x2, where the body weighs most, 11.8 kB at x4, where the head does; HMANet: 17.9 kB
+at 224 px, growing with the size, since its grids do: hence 40."""
+MEMORY_SHARE = 0.6
+"""Of the free memory, for an image."""
+KINDS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the network comes from: a weights file, a registered model, or the champion of a scale."""
+
+    weights: str | None = None
+    """Path or s3:// URI of a `.pth` or `.safetensors` file."""
+    model: str | None = None
+    """`models:/name@alias` or `models:/name/version`."""
+    scale: int | None = None
+    """What the network must upscale by; alone: the only champion of this scale in the registry."""
+    tracking_uri: str | None = None
+    """MLflow; default $MLFLOW_TRACKING_URI, else `runs/mlflow.db`, as the recipes leave it."""
+    interval_size: int | None = None
+    """HMANet's, where a `.pth` file's is not the published 4."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How images are worked on; see `model.inference.upscale`."""
+
+    tile: int | None = None
+    overlap: int = OVERLAP
+    batch: int = 1
+    ensemble: bool = False
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image file and where its result goes."""
+
+    source: Path
+    target: Path
+
+
+def plan(source: str, target: str) -> list[Job]:
+    """The files to work on. ValueError for a source that is missing or empty, and for a target that cannot be.
+
+    A folder's images keep their names and places below the target; a single one may be given a folder, too.
+    """
+    into = Path(target)
+    if Path(source).is_dir():
+        if into.exists() and not into.is_dir():
+            raise ValueError(f"{target} is a file: name a folder for the images of {source}")
+        found = [path for path in sorted(Path(source).rglob("*")) if path.suffix.lower() in FORMATS and path.is_file()]
+        jobs = [Job(path, into / path.relative_to(source)) for path in found if not _is_below(path, into, source)]
+        if not jobs:
+            raise ValueError(f"{source} holds no images: their names end in {', '.join(FORMATS)}")
+    elif Path(source).is_file():
+        is_folder = into.is_dir() or target.endswith(os.sep)
+        jobs = [Job(Path(source), into / Path(source).name if is_folder else into)]
+        check_target(jobs[0].target)
+    else:
+        raise ValueError(f"{source} does not exist: name an image or a folder of images")
+    for job in jobs:
+        if job.target.resolve() == job.source.resolve():
+            raise ValueError(f"{target} would overwrite {job.source}: name another place for the result")
+    return jobs
+
+
+def _is_below(path: Path, target: Path, source: str) -> bool:
+    """Whether an image lies in a target folder inside the source: the result of an earlier run."""
+    inside = target.resolve() != Path(source).resolve()
+    return inside and path.resolve().is_relative_to(target.resolve())
+
+
+def open_network(source: Source) -> tuple[UpscalingNetwork, str]:
+    """The network in eval mode on the best device, and what it is. ValueError where it cannot be had."""
+    if source.weights and source.model:
+        raise ValueError("--weights and --model are two networks: give one of them")
+    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        name, path, options = _weights(source, Path(folder))
+        overrides = {} if source.interval_size is None else {"interval_size": source.interval_size}
+        network = load(path, **(options | overrides))
+    if source.scale is not None and network.scale != source.scale:
+        raise ValueError(
+            f"{name} upscales by {network.scale}, not by --scale {source.scale}: leave it out, or choose others"
+        )
+    return network.to("cuda" if torch.cuda.is_available() else "cpu"), name
+
+
+def _weights(source: Source, folder: Path) -> tuple[str, Path, dict[str, Any]]:
+    """Name, local file, and what the file does not show."""
+    if source.weights:
+        from pipeline.cascade import fetch_published
+
+        return source.weights, fetch_published(source.weights, folder), {}
+    if not source.model and source.scale is None:
+        raise ValueError(
+            "which network? Give --weights FILE, --model models:/NAME@champion, or --scale N for its champion"
+        )
+    from pipeline import registry, tracking
+
+    client = tracking.connect_default(source.tracking_uri)
+    uri = source.model or registry.champion_of(client, source.scale or 0)
+    return uri, *registry.fetch_model(client, uri, folder)
+
+
+def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Options, console: Console) -> list[str]:
+    """Upscale every image; returns what went wrong with which. A single image's error is raised instead.
+
+    ValueError for options that cannot be, before any work.
+    """
+    device = network.conv_first.weight.device
+    precision = resolve_precision(options.precision, device)
+    Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
+    problems = []
+    with Display(console) as display:
+        display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {device.type}")
+        for number, job in enumerate(jobs, start=1):
+            display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
+            try:
+                display.end_stage(_upscale(job, network, options, display))
+            except (ValueError, MemoryError, OSError) as error:
+                if len(jobs) == 1:
+                    raise
+                display.end_stage("failed")
+                problems.append(_named(job, error))
+    return problems
+
+
+def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
+    """One image; returns what it was and became."""
+    picture = read_picture(job.source)
+    check_target(job.target, picture)
+
+    size = picture.pixels.shape[:2]
+    tile = options.tile or fitting_tile(network, size, options.overlap, _free_bytes(network))
+
+    def progress(done: int, total: int) -> None:
+        if total > 1:
+            display.update(done, total, "tiles")
+
+    pixels = upscale(network, picture.pixels, **(asdict(options) | {"tile": tile}), progress=progress)
+    write_picture(job.target, Picture(pixels, picture.profile))
+    before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
+    tiles = f", tiles of {tile} px" if tile else ""
+    return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
+
+
+def fitting_tile(network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int) -> int | None:
+    """None where a whole image is likely to fit the memory, else the side of tiles that are, px.
+
+    Linux kills a process that takes too much rather than refusing it memory, so on CPUs it is reckoned before.
+    """
+    px = free_bytes * MEMORY_SHARE / bytes_per_px(network)
+    if math.prod(size) <= px:
+        return None
+    window = network.multiple
+    smallest = -(-overlap // window) * window + window
+    return max(int(px**0.5) // window * window, smallest)
+
+
+def bytes_per_px(network: UpscalingNetwork) -> int:
+    """What a pixel of the low-resolution image takes in fp32 (see `BODY_TENSORS`)."""
+    body = BODY_TENSORS[network.arch] * network.config["embed_dim"]
+    return 4 * int(max(body, HEAD_TENSORS * NUM_FEAT * network.scale**2))
+
+
+def _free_bytes(network: UpscalingNetwork) -> int:
+    """What may be taken: on a GPU as much as one likes, since there an error says when it was too much."""
+    if network.conv_first.weight.device.type != "cpu":
+        return 1 << 62
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return max(free, 0)
+
+
+def _named(job: Job, error: Exception) -> str:
+    text = str(error)
+    return text if str(job.source) in text or str(job.target) in text else f"{job.source}: {text}"
+
+
+def export(source: Source, target: str) -> str:
+    """Write a network as `.onnx` or `.pt2`; returns what was written. ValueError for another ending."""
+    from model.export import export_onnx, require_onnx, save_program
+
+    suffix = Path(target).suffix
+    if suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{target}: choose an ending among .onnx, .pt2")
+    if suffix == ".onnx":
+        require_onnx()
+    network, name = open_network(source)
+    if suffix == ".onnx":
+        difference = export_onnx(target, network)
+        checked = f"differs from PyTorch by at most {difference:.1e} in onnxruntime, of a range of 1"
+    else:
+        save_program(target, network)
+        checked = f"for sides of more than {network.multiple} px"
+    return f"{target}: {name}, {network.arch} x{network.scale}, {checked}"

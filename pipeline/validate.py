@@ -1,0 +1,100 @@
+"""Validation while training: the averaged weights on a few images, spread over the ranks; the best are kept.
+
+The best weights are uploaded by a thread while training goes on: `best/weights.pt`, then `best/best.json`, which
+names their step and figure.
+"""
+
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep import storage
+from data_prep.subimages import to_png
+from model.blocks import UpscalingNetwork
+from model.inference import upscale
+from model.metrics import psnr_y, ssim_y
+from pipeline.config import Settings
+
+WEIGHTS, BEST = "weights.pt", "best.json"
+
+ImagePair = tuple[str, np.ndarray, np.ndarray]  # name, low_res and high_res, both uint8 HxWx3
+
+
+class Best(Settings):
+    """The best validation so far; higher is better."""
+
+    step: int
+    value: float
+    metric: str
+
+
+class Validator:
+    """Judges averaged weights and keeps the best of them at `place` (URI of a folder)."""
+
+    def __init__(self, images: list[ImagePair], metric: str, place: str, best: Best | None) -> None:
+        self.images = images
+        self.metric = metric
+        self.place = place
+        self.best = best
+        self.uploads = ThreadPoolExecutor(1, thread_name_prefix="hatchery-best")
+        self.upload: Future[None] | None = None
+
+    def judge(self, network: UpscalingNetwork, weights: dict[str, Tensor], step: int, pictures: int) -> dict[str, Any]:
+        """Collective: a record with the means over all images, and rank 0's first pictures as PNG bytes.
+
+        network: any of the architecture, on the device to work on; takes the weights and keeps them.
+        """
+        network.load_state_dict(weights, strict=False)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        figures: list[tuple[float, float]] = []
+        shown: dict[str, bytes] = {}
+        for name, low_res, high_res in self.images[rank::world_size]:
+            output = upscale(network, low_res)
+            border = high_res.shape[0] // low_res.shape[0]
+            figures.append((psnr_y(output, high_res, border), ssim_y(output, high_res, border)))
+            if rank == 0 and len(shown) < pictures:
+                shown[f"{name}.png"] = to_png(np.concatenate([output, high_res], axis=1))
+        everyone: list[Any] = [None] * world_size
+        dist.all_gather_object(everyone, figures)
+        psnr, ssim = np.mean([pair for part in everyone for pair in part], axis=0).tolist()
+        metrics = {"validation_psnr_y": psnr, "validation_ssim_y": ssim}
+        self._keep_best(weights, Best(step=step, value=metrics[f"validation_{self.metric}"], metric=self.metric))
+        return {"metrics": metrics, "pictures": shown}
+
+    def _keep_best(self, weights: dict[str, Tensor], found: Best) -> None:
+        if self.best is not None and found.value <= self.best.value:
+            return
+        self.best = found
+        if dist.get_rank() == 0:
+            self.wait()
+            here = {name: value.to("cpu", copy=True) for name, value in weights.items()}
+            self.upload = self.uploads.submit(_publish, here, found, self.place)
+
+    def wait(self) -> None:
+        """Until the best weights are in the storage; raises what went wrong."""
+        if self.upload is not None:
+            self.upload.result()
+
+
+def _publish(weights: dict[str, Tensor], found: Best, place: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="hatchery-best-") as folder:
+        file = Path(folder, WEIGHTS)
+        torch.save({"weights": weights, "best": found.model_dump()}, file)
+        storage.upload(file, storage.join(place, WEIGHTS))
+    storage.write_bytes(storage.join(place, BEST), found.model_dump_json(indent=1).encode())
+
+
+def read_best(place: str, folder: Path) -> tuple[dict[str, Tensor], Best] | None:
+    """The best weights at a place and what they reached; None where nothing was validated."""
+    if not storage.exists(storage.join(place, BEST)):
+        return None
+    file = folder / WEIGHTS
+    storage.download(storage.join(place, WEIGHTS), file)
+    saved = torch.load(file, map_location="cpu", weights_only=True)
+    return saved["weights"], Best.model_validate(saved["best"])

@@ -1,0 +1,163 @@
+"""The live objects of one training process, and how they are set up: fresh, from weights, or from a checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from data_prep.loader import Batch, PairLoader, PairSettings, micro_batches_per_step
+from data_prep.uri import join
+from model import build
+from model.blocks import UpscalingNetwork
+from model.init import bicubic_start
+from model.losses import Loss, build_loss
+from model.precision import resolve_precision
+from model.weights import read_weights
+from pipeline import artifact, checkpoint, zero
+from pipeline.arithmetic import TRAINING_PASSES, macs_per_sample, peak_macs_per_s
+from pipeline.autobatch import find_micro_batch
+from pipeline.launch import TrainJob
+from pipeline.optimizer import GuardedAdam
+from pipeline.system import SystemWatch
+from pipeline.validate import Best, Validator
+
+
+@dataclass
+class Run:
+    """One training process. `step` counts global batches; the data position runs `data_offset` ahead."""
+
+    job: TrainJob
+    engine: Any
+    optimizer: GuardedAdam
+    ema: zero.PartitionedEMA
+    batches: Iterator[Batch]
+    loss: Loss
+    device: torch.device
+    rank: int
+    world_size: int
+    passes: int
+    step: int
+    data_offset: int
+    mailbox: Any
+    validator: Validator | None
+    system: SystemWatch | None
+    peak_share_per_image_per_s: float
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Tell the driver, from rank 0."""
+        if self.rank == 0:
+            self.mailbox.post.remote({"step": self.step, **record})
+
+
+def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
+    """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None."""
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(job.compute.cpus_per_worker)
+    bf16 = _agree(resolve_precision(job.phase.precision, device) == "bf16", device)
+    network, state, meta = _start(job)
+    network.to(device)
+    micro_batch = job.compute.micro_batch
+    if micro_batch == "auto":
+        micro_batch = find_micro_batch(network, job.phase, job.compute, job.training.scale, bf16)
+    macs = macs_per_sample(network, job.phase.patch_px)
+    step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
+    engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)
+    ema = zero.PartitionedEMA(engine, job.phase.ema_decay)
+    if state is not None:
+        zero.restore(engine, ema, state, meta["optimizer_steps"])
+    engine.train()
+    run = Run(
+        job=job,
+        engine=engine,
+        optimizer=zero.optimizer_of(engine),
+        ema=ema,
+        batches=iter(_loader(job, micro_batch, rank, world_size, step + data_offset)),
+        loss=build_loss(job.phase.loss),
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        passes=micro_batches_per_step(job.phase.global_batch, micro_batch, world_size),
+        step=step,
+        data_offset=data_offset,
+        mailbox=mailbox,
+        validator=_validator(job, images, meta),
+        system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,
+        peak_share_per_image_per_s=TRAINING_PASSES * macs / (peak_macs_per_s(device, bf16) * world_size),
+    )
+    used = {"precision_used": "bf16" if bf16 else "fp32", "device": str(device), "workers_used": world_size}
+    run.report({"params": used | {"micro_batch_used": micro_batch, "gmacs_per_sample": round(macs / 1e9, 3)}})
+    return run
+
+
+def _loader(job: TrainJob, micro_batch: int, rank: int, world_size: int, start_step: int) -> PairLoader:
+    return PairLoader(
+        job.shards_uri,
+        pair_settings(job),
+        global_batch=job.phase.global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        num_workers=job.compute.loader_workers,
+        start_step=start_step,
+    )
+
+
+def _validator(job: TrainJob, images: Any, meta: dict[str, Any]) -> Validator | None:
+    if images is None:
+        return None
+    best = Best.model_validate(meta["best"]) if meta.get("best") else None
+    return Validator(ray.get(images), job.gate_metric, join(job.checkpoints_uri, "best"), best)
+
+
+def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, dict[str, Any]]:
+    """The network with the weights to start from; if it was trained before, the optimizer's state and the position.
+
+    1. this training's own last checkpoint, 2. the weights of an earlier stage, 3. a fresh start.
+    """
+    torch.manual_seed(job.training.seed)
+    network = fresh_network(job)
+    saved = ray.train.get_checkpoint()
+    if saved is not None:
+        state, meta = checkpoint.load(saved, job.digest)
+        network.load_state_dict(state["params"], strict=False)  # buffers are computed, not trained
+        return network, state, meta
+    if job.init is not None:
+        weights = artifact.fetch(job.init, "weights.safetensors", Path(job.cache_dir))
+        network.load_state_dict(read_weights(weights))
+    elif job.training.start == "bicubic":
+        bicubic_start(network)
+    return network, None, {"step": 0, "data_step": 0}
+
+
+def fresh_network(job: TrainJob) -> UpscalingNetwork:
+    """A network of the job's architecture with the published initialization."""
+    options = job.model.options | {"checkpoint": job.compute.activation_checkpoint}
+    return build(job.model.arch, job.training.scale, **options)
+
+
+def pair_settings(job: TrainJob) -> PairSettings:
+    """The loader's settings of a training."""
+    return PairSettings(
+        scale=job.training.scale,
+        patch_px=job.phase.patch_px,
+        seed=job.seed,
+        rounding=job.phase.low_res_rounding,
+        cache_decoded_bytes=job.phase.cache_decoded_bytes,
+        cache_dir=job.cache_dir,
+    )
+
+
+def _agree(mine: bool, device: torch.device) -> bool:
+    """True if it is so on every rank: nodes of a cluster may differ."""
+    vote = torch.tensor(int(mine), device=device)
+    dist.all_reduce(vote, dist.ReduceOp.MIN)
+    return bool(vote.item())

@@ -1,0 +1,62 @@
+"""A cloud on this machine for the main job: S3 server, MLflow server, Ray cluster of two nodes, ImageNet on S3."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data_prep import storage
+from tests.integration.servers import RayCluster, mlflow_server, ray_cluster, submit
+from tests.s3_server import s3_server
+from tests.shared_data import shared
+
+
+@dataclass
+class Cloud:
+    """Everything that runs, and the overrides that point the recipe at it."""
+
+    cluster: RayCluster
+    tracking: str
+    base: str
+    env: dict[str, str]
+    recipe: str
+
+    def run(self, *arguments: str, storage_uri: str | None = None) -> "subprocess.CompletedProcess[str]":
+        places = [f"storage.uri={storage_uri or self.base + '/runs'}", f"tracking.uri={self.tracking}"]
+        sets = [word for place in (*places, *self.sources) for word in ("--set", place)]
+        return submit(self.cluster, "--recipe", self.recipe, *sets, *arguments, env=self.env)
+
+    @property
+    def sources(self) -> list[str]:
+        return [f"data.photographs.source={self.base}/imagenet", f"evaluate.sets.Set5={shared('data/benchmark/Set5')}"]
+
+
+def upload_images(base: str) -> None:
+    """Twenty ImageNet photographs in class folders, and one file that is no image."""
+    train = shared("data/imagenet-sample/train")
+    chosen = [path for path in sorted(train.rglob("*.JPEG")) if min(Image.open(path).size) >= 256][:20]
+    assert len(chosen) == 20
+    for path in chosen:
+        storage.upload(path, f"{base}/imagenet/{path.relative_to(train)}")
+    storage.write_bytes(f"{base}/imagenet/n00000000/broken.JPEG", b"no image")
+
+
+def artifact_of(cloud: Cloud, stage: str) -> str:
+    markers = [f.uri for f in storage.list_files(f"{cloud.base}/runs/{stage}") if f.uri.endswith("/artifact.json")]
+    assert len(markers) == 1, f"{stage}: {markers}"
+    return markers[0].removesuffix("/artifact.json")
+
+
+@contextmanager
+def running_cloud(folder: Path, engine: str, recipe: str) -> Iterator[Cloud]:
+    """Everything up, on an S3 server of this engine, until the end of the block."""
+    with (
+        s3_server(folder / "s3", engine) as s3,
+        mlflow_server(folder, f"{s3.uri}/mlflow") as tracking,
+        ray_cluster(folder) as cluster,
+    ):
+        upload_images(s3.uri)
+        yield Cloud(cluster, tracking, s3.uri, s3.environment, f"tests/integration/{recipe}.yaml")

@@ -1,0 +1,108 @@
+"""Judgement on the published Set5 files: the bicubic rows are design.md's to the last digit."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model import build
+from model.init import bicubic_start
+from model.weights import save_pth
+from pipeline import report
+from pipeline.benchmark import Protocol, read_set
+from pipeline.cli import main
+from pipeline.evaluate import Weights, evaluate
+from pipeline.pictures import write_pictures
+from tests.shared_data import ROOT, shared
+
+pytestmark = pytest.mark.integration
+
+BICUBIC = {2: ("33.678", "0.9304"), 3: ("30.404", "0.8690"), 4: ("28.431", "0.8113"), 8: ("24.398", "0.6582")}
+OPTIONS = {"embed_dim": 12, "depths": [1], "num_heads": [3], "window_size": 4, "compress_ratio": 3, "squeeze_factor": 3}
+
+
+@pytest.mark.parametrize("scale", BICUBIC)
+def test_bicubic_rows_equal_the_published_figures(ray_local: object, tmp_path: Path, scale: int) -> None:
+    network = build("hat", scale, **OPTIONS)
+    bicubic_start(network)
+    path = f"{tmp_path}/weights.pth"
+    save_pth(path, network.state_dict())
+    images = read_set(str(shared("data/benchmark/Set5")), scale)
+    assert [image.name for image in images] == ["baby", "bird", "butterfly", "head", "woman"]
+    assert all(image.low_res for image in images)
+    with open(path, "rb") as file:
+        judged = evaluate("start", scale, Weights.put(file.read(), {}), "Set5", images, Protocol(rgb=scale == 4))
+    result = judged.result
+    pictures = write_pictures(judged, images, 1, tmp_path)
+    assert (f"{result.bicubic_psnr_y:.3f}", f"{result.bicubic_ssim_y:.4f}") == BICUBIC[scale]
+    # the network starts as bicubic interpolation; borders are cropped, so the figures agree
+    assert result.psnr_y == pytest.approx(result.bicubic_psnr_y, abs=0.02)
+    assert len(pictures) == 2
+    assert all(path.stat().st_size > 10_000 for path in pictures.values())
+    assert (result.psnr_rgb is not None) == (scale == 4)
+    assert report.from_json(report.as_json([result])) == [result]
+    assert BICUBIC[scale][0] in report.as_text(report.table([result]))
+    assert report.as_csv([result]).splitlines()[1].startswith(f"Set5,{scale},start,")
+
+
+def hatchery(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_judges_anybodys_weights_and_compares_them(tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        network = build("hat", 2, **OPTIONS)
+        bicubic_start(network)
+        if seed:  # a little off bicubic
+            network.conv_last.weight.data *= 0.98
+        save_pth(tmp_path / f"{name}.pth", network.state_dict())
+    weights = ["--weights", f"{tmp_path}/a.pth", "--weights", f"{tmp_path}/b.pth"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "bird.png").write_bytes((shared("data/benchmark/Set5") / "HR" / "bird.png").read_bytes())
+    sets = ["--sets", str(shared("data/benchmark/Set5")), "--sets", f"{tmp_path}/mine"]
+    done = hatchery("evaluate", *weights, *sets, "--ensemble", "--pictures", "1", "--out", f"{tmp_path}/out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "33.678" in done.stdout
+    assert "Paired by image" in done.stdout
+    results = report.from_json((tmp_path / "out" / "results.json").read_text())
+    assert [(r.model, r.set) for r in results] == [("a", "Set5"), ("a", "mine"), ("b", "Set5"), ("b", "mine")]
+    # the LR of a folder of plain images is made by exact bicubic: the same figures as with the published file
+    bird = next(image for image in results[0].images if image.image == "bird")
+    assert results[1].images[0].bicubic_psnr_y == bird.bicubic_psnr_y
+    assert results[0].psnr_y > results[2].psnr_y
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".csv", ".txt", ""}
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--weights", "/absent.pth", "--sets", "."], ["/absent.pth"]),
+        (["--weights", "README.md", "--sets", "."], ["README.md"]),
+        (["--weights", "{golden}/hat_x2_w16.pth", "--sets", "/absent"], ["/absent", "no images"]),
+        (["--weights", "{golden}/hat_x2_w16.pth", "--weights", "{golden}/hat_x3_w8.pth", "--sets", "."], ["x2", "x3"]),
+        (["--weights", "{golden}/hat_x2_w16.pth", "--sets", ".", "--option", "a=b"], ["a=b", "key=number"]),
+        (["--weights", "{golden}/hat_x2_w16.pth", "--sets", ".", "--option", "scael=1"], ["scael"]),
+        (
+            ["--weights", "{golden}/hat_x2_w16.pth", "--sets", "tests", "--lpips", "/absent.pth", "/b.pth"],
+            ["/absent.pth"],
+        ),
+        (
+            ["--weights", "{golden}/hat_x2_w16.pth", "--sets", "x", "--lpips", *2 * ("{golden}/hat_x2_w16.pth",)],
+            ["LPIPS of", "neither AlexNet nor VGG-16"],
+        ),
+        (["--weights", "models:/m@champion", "--sets", ".", "--tracking-uri", "http://127.0.0.1:9"], ["127.0.0.1:9"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *[argument.format(golden=shared("golden")) for argument in arguments]])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2, said
+    assert len(said.strip().splitlines()) == 1, said
+    for word in words:
+        assert word in said

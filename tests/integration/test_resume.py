@@ -1,0 +1,122 @@
+"""A killed run continues from its last checkpoint, to the same weights as a run that was left alone."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep import storage
+from model.weights import read_weights
+from tests.shared_data import ROOT
+
+pytestmark = pytest.mark.integration
+
+STEPS = 60
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    overrides = [
+        f"storage.uri={folder}/runs",
+        f"phases.pretrain.steps={STEPS}",
+        "phases.pretrain.checkpoint_every=10",
+        "phases.pretrain.log_every=5",
+        "phases.pretrain.precision=fp32",
+        *more,
+    ]
+    sets = [word for override in overrides for word in ("--set", override)]
+    base = [sys.executable, "-m", "pipeline.pretrain", "--recipe", "tests/integration/tiny_pair.yaml"]
+    return [*base, "--until", "pretrain-x2", *sets]
+
+
+def env() -> dict[str, str]:
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "RAY_AUTH_MODE": "disabled"}
+
+
+def run(folder: Path) -> str:
+    done = subprocess.run(command(folder), cwd=ROOT, env=env(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [f.uri for f in storage.list_files(f"{folder}/runs/pretrain-x2") if f.uri.endswith("meta.json")]
+
+
+def signal_after_a_checkpoint(folder: Path, kind: signal.Signals) -> "subprocess.Popen[bytes]":
+    """Start a run and end it when its first checkpoint is in the storage: SIGKILL for all its processes at once."""
+    with (folder / "ended.log").open("wb") as log:
+        process = subprocess.Popen(command(folder), cwd=ROOT, env=env(), stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 180
+    while not ((folder / "runs" / "pretrain-x2").exists() and checkpoints(folder)):
+        assert process.poll() is None, (folder / "ended.log").read_text()
+        assert time.monotonic() < deadline, (folder / "ended.log").read_text()
+        time.sleep(0.05)
+    if kind is signal.SIGKILL:
+        os.killpg(process.pid, kind)
+    else:
+        process.send_signal(kind)
+    process.wait(timeout=120)
+    return process
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = list((folder / "runs" / "pretrain-x2").glob("*/weights.pth"))
+    assert len(found) == 1
+    return read_weights(found[0])
+
+
+def continues(folder: Path) -> int:
+    """Run again to the end; gives the step that it went on from."""
+    output = run(folder)
+    first = re.search(r"pretrain-x2: \d process\w* from step (\d+)", output)
+    assert first, output
+    assert "shard-photographs: done before" in output
+    return int(first[1])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(folder)
+    return weights(folder)
+
+
+def assert_equal_weights(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    signal_after_a_checkpoint(tmp_path, signal.SIGKILL)
+    assert 10 <= continues(tmp_path) < STEPS
+    assert_equal_weights(weights(tmp_path), alone)
+
+
+def test_sigterm_saves_a_checkpoint_before_it_ends(tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    ended = signal_after_a_checkpoint(tmp_path, signal.SIGTERM)
+    log = (tmp_path / "ended.log").read_text()
+    assert ended.returncode == 143, log
+    stopped = re.search(r"asked to stop at step (\d+) and saved a checkpoint; the same command continues", log)
+    assert stopped, log
+    assert continues(tmp_path) == int(stopped[1])
+    assert_equal_weights(weights(tmp_path), alone)
+
+
+def test_a_diverging_run_names_its_samples_goes_back_and_stops(tmp_path: Path) -> None:
+    hopeless = ["phases.pretrain.lr=1e30", "phases.pretrain.warmup_steps=0", "phases.pretrain.milestones=[]"]
+    limits = ["compute.bad_steps_tolerated=1", "compute.max_rollbacks=1"]
+    tried = subprocess.run(
+        command(tmp_path, *hopeless, *limits), cwd=ROOT, env=env(), capture_output=True, text=True, timeout=300
+    )
+    assert tried.returncode == 2, tried.stdout + tried.stderr
+    assert "after going back 1 times: lower the learning rate" in tried.stderr
+    assert tried.stdout.count("going back to the last checkpoint") == 2
+    assert re.search(r"step \d+ not applied: gradient norm nan; rank [01] had \w+", tried.stdout)
+    assert not list((tmp_path / "runs" / "pretrain-x2").glob("*/weights.pth"))

@@ -1,0 +1,202 @@
+"""Retraining as a scheduler calls it: images arrive in between, calls are killed, two call at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+from data_prep import storage
+from data_prep.index import ShardSettings
+from data_prep.loader import PairLoader, PairSettings
+from data_prep.sources import list_items
+from model import build
+from model.init import bicubic_start
+from model.weights import save_pth
+from pipeline import promotion, registry, tracking
+from pipeline.cli import main
+from pipeline.gate import Verdict
+from pipeline.ledger import Ledger
+from pipeline.lock import StorageLock
+from tests.domains import let_arrive
+from tests.shared_data import ROOT, shared
+from tests.unit.data_prep.test_loader import shard_here
+
+pytestmark = pytest.mark.integration
+
+MARGIN_DB, TOLERANCE_DB = 0.1, 0.4
+OPTIONS = {"embed_dim": 12, "depths": [1], "num_heads": [3], "window_size": 8, "compress_ratio": 3, "squeeze_factor": 3}
+
+
+def photographs() -> list[str]:
+    return [item.uri for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:40]
+
+
+def train_general(folder: Path, steps: int = 80) -> Path:
+    """A tiny x2 network of some ImageNet photographs, from the bicubic start."""
+    items = [item for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:40]
+    shards = shard_here(items, f"{folder}/general", ShardSettings(samples_per_shard=20))
+    torch.manual_seed(0)
+    network = build("hat", 2, **OPTIONS)
+    bicubic_start(network)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    batches = iter(PairLoader(shards.uri, PairSettings(scale=2, patch_px=24), 8, 8, 0, 1, 0))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 50)
+        batch = next(batches)
+        loss = (network(batch.low_res) - batch.high_res).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_pth(folder / "weights.pth", network.state_dict())
+    return folder / "weights.pth"
+
+
+class Domain:
+    """A domain file, the folder where its images arrive, and a registry with a general champion."""
+
+    def __init__(self, folder: Path) -> None:
+        self.incoming, self.file = folder / "incoming", folder / "text.yaml"
+        self.incoming.mkdir()
+        (folder / "replay.txt").write_text("\n".join(photographs()))
+        self.file.write_text(yaml.safe_dump(self.config(folder)))
+        self.client = tracking.connect_default(f"sqlite:///{folder}/runs/mlflow.db")
+        weights = train_general(folder)
+        experiment = self.client.create_experiment("general", artifact_location=f"{folder}/artifacts")
+        run_id = self.client.create_run(experiment).info.run_id
+        tags = {registry.CONTENT_TAG: "general"}
+        version = registry.register(self.client, run_id, "tiny-x2", {"weights.pth": weights}, {}, tags)
+        good = Verdict(promoted=True, reason="general", rival="none")
+        promotion.promote(self.client, "tiny-x2", version, lambda _: good)
+        self.ledger = Ledger(f"{folder}/runs", "text")
+
+    def config(self, folder: Path) -> dict[str, object]:
+        return {
+            "name": "text",
+            "source": str(self.incoming),
+            "base": "models:/tiny-x2@champion",
+            "min_new_images": 8,
+            "hold_out_share": 0.25,
+            "min_hold_out": 3,
+            "samples_per_shard": 8,
+            "min_side_px": 150,
+            "max_reject_share": 0.2,
+            "replay": {"source": f"{folder}/replay.txt", "share": 0.4},
+            "training": {
+                **{"steps": 50, "global_batch": 8, "patch_px": 24, "lr": 5e-4, "warmup_steps": 10, "milestones": [35]},
+                **{"ema_decay": 0.9, "checkpoint_every": 10, "log_every": 10, "cache_decoded_bytes": 100_000_000},
+            },
+            "evaluate": {"sets": {"Set5": str(shared("data/benchmark/Set5"))}, "pictures": 0},
+            "gate": {"better": {"text": MARGIN_DB}, "not_worse": {"Set5": TOLERANCE_DB}, "decide_by": "mean"},
+            "storage": {"uri": f"{folder}/runs"},
+            "compute": {"num_workers": 1, "micro_batch": 8},
+        }
+
+    def start(self) -> "subprocess.Popen[str]":
+        command = [sys.executable, "pipeline/retrain.py", str(self.file), "--address", "local"]
+        env = {**os.environ, "MLFLOW_TRACKING_URI": ""}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+
+    def retrain(self) -> str:
+        process = self.start()
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-4000:]
+        return output
+
+    def champion(self) -> str:
+        found = registry.by_alias(self.client, "tiny-x2", "champion")
+        return str(found and found.version)
+
+
+@pytest.fixture(scope="module")
+def domain(tmp_path_factory: pytest.TempPathFactory) -> Domain:
+    return Domain(tmp_path_factory.mktemp("domain"))
+
+
+def quick(domain: Domain, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    """A call that has nothing to train, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(["retrain", str(domain.file), *more])
+    assert ended.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_or_too_little_is_said_and_left(domain: Domain, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "0 new images: nothing to do" in quick(domain, capsys)
+    let_arrive("text", domain.incoming, range(3))
+    (domain.incoming / "broken.png").write_bytes(b"no image")
+    said = quick(domain, capsys)
+    assert "1 files cannot be used" in said
+    assert "3 new images, 8 make a retraining worthwhile: nothing to do" in said
+    assert domain.ledger.rounds() == []
+    overdue = quick(domain, capsys, "--set", "max_wait_days=0", "--dry-run")
+    assert "3 new images (1 files cannot be used)" in overdue
+
+
+def test_the_second_of_two_at_once_leaves(domain: Domain, capsys: pytest.CaptureFixture[str]) -> None:
+    with StorageLock(f"{domain.ledger.uri}/retrain.lock", "a test", heartbeat_s=0.2):
+        assert "leaving it to another run: a test is being run by" in quick(domain, capsys)
+
+
+def test_two_retrainings_with_arrivals_a_kill_and_copies_in_between(
+    domain: Domain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    let_arrive("text", domain.incoming, range(3, 16))
+    first = domain.retrain()
+    assert "round 1 with" in first
+    assert domain.champion() == "2", first[-3000:]
+    held = {info.path for info in storage.list_files(domain.ledger.hold_out_uri)}
+    assert len(held) >= 3
+    # the same content under other names is not new
+    for path in list(domain.incoming.glob("text-*.png")):
+        path.rename(path.with_name(f"again-{path.name}"))
+    assert "0 new images: nothing to do" in quick(domain, capsys)
+    let_arrive("text", domain.incoming, range(16, 28))
+    killed = domain.start()
+    wait_for_round(domain, 2, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    second = domain.retrain()
+    assert "round 2 was interrupted, continuing it" in second
+    assert "shard-text-0001: done before" in second
+    check_outcome(domain, held)
+
+
+def wait_for_round(domain: Domain, number: int, process: "subprocess.Popen[str]") -> None:
+    """Until a round is open; that a killed training goes on from its checkpoint is test_resume's to show."""
+    deadline = time.monotonic() + 100
+    while len(domain.ledger.rounds()) < number:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def check_outcome(domain: Domain, held_first: set[str]) -> None:
+    """Better on the hold-out by the margin each time, Set5 within the tolerance, and the registry tells it."""
+    rounds = domain.ledger.rounds()
+    assert [entry.start for entry in rounds] == ["models:/tiny-x2/1", "models:/tiny-x2/2"]
+    roles = [(image.sha256, image.role) for entry in rounds for image in entry.images]
+    assert len({sha for sha, _ in roles}) == len(roles) == 28
+    held = {f"{sha}.png" for sha, role in roles if role == "hold-out"}
+    assert held_first < held == {info.path for info in storage.list_files(domain.ledger.hold_out_uri)}
+    assert domain.ledger.outcome(1)["promoted"]
+    events = promotion.history(domain.client, "tiny-x2")
+    assert [event.version for event in events][:2] == ["1", "2"]
+    version = domain.client.get_model_version("tiny-x2", "2")
+    assert version.tags["hatchery.parent_version"] == "models:/tiny-x2/1"
+    assert float(version.tags["hatchery.gain.psnr_y.text"].split()[0]) > MARGIN_DB
+    assert float(version.tags["hatchery.gain.psnr_y.Set5"].split()[0]) >= -TOLERANCE_DB
+    again = domain.client.get_model_version("tiny-x2", "3")
+    assert {"hatchery.data.text-0001", "hatchery.data.text-0002", "hatchery.data.replay"} <= set(again.tags)
+    assert again.tags["hatchery.parent_version"] == "models:/tiny-x2/2"
+    run = MlflowClient().get_run(again.run_id)
+    assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"text-0001", "text-0002", "replay"}

@@ -1,0 +1,62 @@
+"""Artifacts: published whole or not at all, found again, checked when fetched."""
+
+from pathlib import Path
+
+import pytest
+
+from data_prep import storage
+from pipeline import artifact
+from pipeline.artifact import Artifact
+
+
+def publish(folder: Path, content: bytes = b"weights") -> Artifact:
+    local = folder / "local.bin"
+    local.write_bytes(content)
+    return artifact.publish(
+        str(folder / "store"),
+        "train",
+        "f" * 64,
+        inputs={"shard": "d"},
+        config={"lr": 1},
+        local_files={"w/a.bin": local},
+    )
+
+
+def test_what_is_published_is_found_and_fetched(tmp_path: Path) -> None:
+    made = publish(tmp_path)
+    found = artifact.find(str(tmp_path / "store"), "train", "f" * 64)
+    assert found == made
+    assert artifact.fetch(made, "w/a.bin", tmp_path).read_bytes() == b"weights"
+    assert artifact.find(str(tmp_path / "store"), "train", "e" * 64) is None
+    assert set(made.code) >= {"git", "torch", "deepspeed"}
+
+
+def test_the_digest_is_of_the_content_alone(tmp_path: Path) -> None:
+    first, second = publish(tmp_path / "a" if (tmp_path / "a").mkdir() is None else tmp_path), None
+    (tmp_path / "b").mkdir()
+    second = publish(tmp_path / "b")
+    assert first.digest == second.digest
+    assert publish(tmp_path / "b", b"other").digest != first.digest
+
+
+def test_an_altered_file_is_refused_and_named(tmp_path: Path) -> None:
+    made = publish(tmp_path)
+    storage.write_bytes(made.file_uri("w/a.bin"), b"altered")
+    with pytest.raises(ValueError, match=r"a\.bin differs from the sha256"):
+        artifact.fetch(made, "w/a.bin", tmp_path)
+
+
+def test_a_marker_that_is_none_is_refused(tmp_path: Path) -> None:
+    made = publish(tmp_path)
+    storage.write_bytes(storage.join(made.uri, artifact.MARKER), b"{}")
+    with pytest.raises(ValueError, match="not an artifact marker"):
+        artifact.find(str(tmp_path / "store"), "train", "f" * 64)
+    other = made.model_copy(update={"fingerprint": "f" * 16 + "0" * 48})
+    storage.write_bytes(storage.join(made.uri, artifact.MARKER), other.model_dump_json().encode())
+    with pytest.raises(ValueError, match="has fingerprint"):
+        artifact.find(str(tmp_path / "store"), "train", "f" * 64)
+
+
+def test_an_unknown_file_is_a_programmers_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="has no file 'nope'"):
+        publish(tmp_path).file_uri("nope")

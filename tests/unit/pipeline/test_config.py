@@ -1,0 +1,139 @@
+"""Recipes: every shipped one parses, overrides apply, and each fault is one clear line."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import CONFIGS, ConfigError, Recipe, flatten, load_recipe, tracking_uri
+
+RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("[!_]*.yaml"))
+PUBLISHED = [name for name in RECIPES if name != "demo"]
+
+
+def demo(*overrides: str) -> Recipe:
+    return load_recipe("demo", list(overrides))
+
+
+def test_the_named_recipes_are_shipped() -> None:
+    assert {"demo", "hat_s", "hat", "hat_l", "hmanet"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_parses_and_says_what_it_is(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert {recipe.trainings[final].scale for final in recipe.final_trainings} == {2, 3, 4}
+    header = (CONFIGS / "recipe" / f"{name}.yaml").read_text().split("extends")[0]
+    assert "--recipe" in header
+    assert "Cost" in header
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_keep_the_papers_schedules(name: str) -> None:
+    recipe = load_recipe(name)
+    assert {phase.global_batch for phase in recipe.phases.values()} == {32}
+    assert {phase.patch_px for phase in recipe.phases.values()} == {64}
+    pretrain, finetune = recipe.phases["pretrain"], recipe.phases["finetune"]
+    assert (pretrain.steps, pretrain.lr, pretrain.ema_decay) == (800_000, 2e-4, 0.999)
+    assert finetune.lr == (5e-6 if name == "hmanet" else 1e-5)
+    assert pretrain.milestones == (300_000, 500_000, 650_000, 700_000, 750_000)
+
+
+def test_overrides_change_values_and_types() -> None:
+    recipe = demo("phases.pretrain.steps=7", "evaluate.sets.Set5=/data/Set5", "compute.zero_stage=2")
+    assert recipe.phases["pretrain"].steps == 7
+    assert recipe.evaluate.sets["Set5"] == "/data/Set5"
+    assert recipe.compute.zero_stage == 2
+
+
+def test_where_a_recipe_runs_is_not_what_it_is() -> None:
+    elsewhere = demo("compute.num_workers=1", "storage.uri=s3://bucket/x", "tracking.uri=http://host:5000")
+    assert elsewhere.digest == demo().digest
+    assert demo("seed=1").digest != demo().digest
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("phases.pretrain.stepz=3", ["unknown key 'phases.pretrain.stepz'", "steps"]),
+        ("compute.zero_stage=7", ["compute.zero_stage", "7"]),
+        ("phases.pretrain.steps=many", ["phases.pretrain.steps", "many"]),
+        ("trainings.pretrain-x3.init_from=pretrain-x4", ["pretrain-x4", "not an earlier training"]),
+        ("trainings.pretrain-x3.phase=nope", ["nope", "pretrain, cascaded, finetune"]),
+        ("trainings.pretrain-x2.init_weights=a.pth", ["exclude one another"]),
+        ("phases.pretrain.data=imagenet", ["imagenet", "photographs"]),
+        ("phases.pretrain.milestones=[5,3]", ["[5, 3]", "rise"]),
+        ("compute.micro_batch=9", ["global_batch 8", "micro_batch 9"]),
+        ("compute.micro_batch=all", ["micro_batch", "all"]),
+        ("compute.num_workers=9", ["global_batch 8", "num_workers 9"]),
+        ("compute.num_workers=[3,2]", ["num_workers [3, 2]", "swap"]),
+        ("compute.profile_steps=[5,2]", ["profile_steps [5, 2]", "first"]),
+        ("validation.export=best", ["export 'best'", "set every"]),
+        ("phases.pretrain.patch_px=30", ["30", "24"]),
+        ("mixes.both=[{data: [photographs, nowhere], share: 1}]", ["mixes.both", "nowhere", "photographs, sharp"]),
+        ("mixes.sharp=[{data: [photographs], share: 1}]", ["'sharp'", "another name"]),
+        ("mixes.both=[{data: [sharp], share: 0}]", ["mixes.both", "share"]),
+        ("registry.gate.better.Set99=0.1", ["Set99", "held-out"]),
+        ("registry.gate.better=null", ["gate.better"]),
+        ("registry.gate.not_worse.held-out=0.1", ["held-out", "keep one"]),
+        ("registry.gate.not_worse.other=-1", ["not_worse.other -1", "gate.better"]),
+        ("registry.gate.metric=psnr_rgb", ["psnr_rgb", "evaluate.protocol.rgb"]),
+        ("evaluate.models=[nope]", ["nope", "finetune-x2"]),
+        ("evaluate.models=[pretrain-x2,finetune-x2]", ["scale 2", "evaluate.models"]),
+        ("evaluate.include.nope=[a]", ["nope", "held-out"]),
+        ("trainings.finetune-x2.scale=1", ["scale 1"]),
+        ("model.options.upsampler=nearest", ["upsampler"]),
+        ("model.options.num_heads=[5,5]", ["5"]),
+        ("model.arch=edsr", ["edsr"]),
+        ("name=Bad Name", ["name", "Bad Name"]),
+    ],
+)
+def test_faults_name_the_value_and_what_would_do(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        demo(override)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text)
+    return str(folder / name)
+
+
+def test_faults_of_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no file; give a path or one of: demo"):
+        load_recipe("nope")
+    with pytest.raises(ConfigError, match="not of the form"):
+        demo("steps")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_recipe(write(tmp_path, "a.yaml", "extends: a.yaml"))
+    with pytest.raises(ConfigError, match="which is no file"):
+        load_recipe(write(tmp_path, "b.yaml", "extends: absent.yaml"))
+    with pytest.raises(ConfigError, match="not readable as YAML"):
+        load_recipe(write(tmp_path, "c.yaml", "a: [1"))
+    with pytest.raises(ConfigError, match="mapping"):
+        load_recipe(write(tmp_path, "d.yaml", "- 1"))
+    demo_file = CONFIGS / "recipe" / "demo.yaml"
+    with pytest.raises(ConfigError, match="HATCHERY_ABSENT"):
+        load_recipe(write(tmp_path, "e.yaml", f"extends: {demo_file}\nname: ${{oc.env:HATCHERY_ABSENT}}"))
+    tiny = CONFIGS.parent / "tests" / "integration" / "_tiny.yaml"
+    empty = write(tmp_path, "f.yaml", f"extends: {tiny}\ntrainings: {{}}")
+    with pytest.raises(ConfigError, match="trainings is empty"):
+        load_recipe(empty)
+
+
+def test_flatten_gives_dotted_keys() -> None:
+    assert flatten({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": "1", "a.c": "[2]", "d": "None"}
+
+
+def test_tracking_uri_is_the_recipes_or_the_environments_or_beside_local_storage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(demo("storage.uri=/x/runs")) == "sqlite:////x/runs/mlflow.db"
+    with pytest.raises(ConfigError, match=r"tracking\.uri is not set"):
+        tracking_uri(demo("storage.uri=s3://bucket/p"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a:1")
+    assert tracking_uri(demo("storage.uri=s3://bucket/p")) == "http://a:1"
+    assert tracking_uri(demo("tracking.uri=http://b:2")) == "http://b:2"

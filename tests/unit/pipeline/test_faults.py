@@ -1,0 +1,133 @@
+"""What users get wrong, in one line each, outside of recipes' own checks."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from rich.console import Console
+
+from pipeline import cluster, pretrain
+from pipeline.benchmark import read_pair, read_set, upscale_bicubic
+from pipeline.cli import main
+from pipeline.config import ComputeConfig, load_recipe
+from pipeline.tracking import Tracker, TrackingError
+from tests.shared_data import ROOT
+
+TINY = str(ROOT / "tests" / "integration" / "tiny_pair.yaml")
+
+
+def save_image(path: Path, height: int, width: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path)
+
+
+def test_a_set_that_lacks_a_low_resolution_image(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_image(tmp_path / "HR" / f"{name}.png", 16, 20)
+    save_image(tmp_path / "LR_bicubic" / "X2" / "ax2.png", 8, 10)
+    with pytest.raises(ValueError, match="lacks the low-resolution images of b: add them"):
+        read_set(str(tmp_path), 2)
+    assert [image.low_res for image in read_set(str(tmp_path), 3)] == [None, None]
+    assert [image.name for image in read_set(str(tmp_path), 3, ("HR/b*",))] == ["b"]
+
+
+def test_a_low_resolution_image_of_another_size(tmp_path: Path) -> None:
+    save_image(tmp_path / "HR" / "a.png", 17, 20)
+    save_image(tmp_path / "LR_bicubic" / "X2" / "a.png", 9, 10)
+    (image,) = read_set(str(tmp_path), 2)
+    with pytest.raises(ValueError, match=r"has height and width \(9, 10\), expected \(8, 10\)"):
+        read_pair(image, 2)
+
+
+def test_an_image_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image .* replace it"):
+        read_pair(read_set(str(tmp_path), 2)[0], 2)
+
+
+def test_images_without_published_low_resolution_are_shrunk(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.png", 17, 20)
+    (image,) = read_set(str(tmp_path), 4)
+    pair = read_pair(image, 4)
+    assert (pair.low_res.shape, pair.high_res.shape) == ((4, 5, 3), (16, 20, 3))
+    assert upscale_bicubic(pair.low_res, 4).shape == pair.high_res.shape
+
+
+def recipe_in(folder: Path, *overrides: str) -> "pretrain.Recipe":
+    return load_recipe(TINY, [f"storage.uri={folder}/runs", *overrides])
+
+
+def test_mlflow_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(TrackingError, match=r"does not answer .* start the server"):
+        Tracker(recipe_in(tmp_path, "tracking.uri=http://127.0.0.1:9"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackingError, match="cannot be made"):
+        Tracker(recipe_in(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/file/mlflow.db"))
+    with pytest.raises(TrackingError, match=r"cannot be used .* correct tracking\.uri"):
+        Tracker(recipe_in(tmp_path, "tracking.uri=nonsense://x"))
+
+
+def test_a_deleted_experiment(tmp_path: Path) -> None:
+    tracker = Tracker(recipe_in(tmp_path))
+    MlflowClient(tracker.uri).delete_experiment(tracker.experiment_id)
+    with pytest.raises(TrackingError, match="was deleted: restore it"):
+        Tracker(recipe_in(tmp_path))
+
+
+def test_runs_are_found_again(tmp_path: Path) -> None:
+    first, second = Tracker(recipe_in(tmp_path)), Tracker(recipe_in(tmp_path))
+    assert first.parent_id == second.parent_id
+    assert Tracker(recipe_in(tmp_path, "seed=7")).parent_id != first.parent_id
+    run_id = first.stage_run("evaluate", "f", {"a": {"b": 1}})
+    assert second.stage_run("evaluate", "f", {}) == run_id
+    assert second.stage_run("evaluate", "g", {}) != run_id
+    assert first.client.get_run(run_id).data.params == {"a.b": "1"}
+
+
+def test_metrics_are_kept_while_the_server_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(recipe_in(tmp_path))
+    run_id = tracker.stage_run("train", "f", {})
+    working, tracker.impatient = tracker.impatient, MlflowClient("http://127.0.0.1:9")
+    tracker.log_metrics(run_id, {"loss": 0.5}, 1)
+    with pytest.raises(TrackingError, match="did not take 1 metrics"):
+        tracker.flush(patience_s=0)
+    tracker.impatient = working
+    tracker.log_metrics(run_id, {"loss": 0.25}, 2)
+    tracker.flush()
+    assert [entry.value for entry in working.get_metric_history(run_id, "loss")] == [0.5, 0.25]
+    assert tracker.pending == []
+
+
+def test_a_stage_whose_inputs_are_neither_done_nor_chosen(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    stages, chosen, tracker = pretrain.prepare(recipe, pretrain.Choice(stages=["evaluate"]))
+    display = pretrain.Display(Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="stage evaluate needs finetune-x4, not done yet and not selected"):
+        pretrain._run_stages(recipe, stages, chosen, tracker, display)
+
+
+def test_no_ray_at_the_address() -> None:
+    with (
+        pytest.raises(ValueError, match=r"no Ray cluster at '127\.0\.0\.1:1'"),
+        cluster.connected(ComputeConfig(), "127.0.0.1:1", debug=False),
+    ):
+        pass
+
+
+def test_exit_codes_of_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments, code in (
+        (["--help"], 0),
+        (["pretrain"], 2),
+        (["pretrain", "--recipe", "nope"], 2),
+        (["pretrain", "--recipe", TINY, "--set", f"storage.uri={tmp_path}", "--until", "nope", "--dry-run"], 2),
+        (["pretrain", "--recipe", TINY, "--set", f"storage.uri={tmp_path}", "--dry-run"], 0),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == code
+    assert "8 of 8 stages to run, 6 training steps" in capsys.readouterr().out

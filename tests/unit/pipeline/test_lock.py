@@ -1,0 +1,127 @@
+"""Two runs that would write one place: one holds the lock, the other refuses, waits or takes over."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.lock import LockedError, StorageLock
+from tests.shared_data import ROOT
+
+HOLD = """
+import sys, time
+from pipeline.lock import StorageLock
+with StorageLock(sys.argv[1], "stage pretrain-x2", heartbeat_s=0.2):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    return str(tmp_path / "locks" / "pretrain-x2.json")
+
+
+@pytest.fixture
+def holder(place):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, place], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def edit(place, **changes):
+    path = Path(place)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_one_after_the_other(place):
+    with StorageLock(place, "first"):
+        assert Path(place).exists()
+    assert not Path(place).exists()
+    with StorageLock(place, "second"):
+        assert json.loads(Path(place).read_text())["purpose"] == "second"
+
+
+def test_a_living_owner_is_named(place, holder):
+    with pytest.raises(LockedError, match=rf"stage pretrain-x2 is being run by .*process {holder.pid} since .*storage"):
+        StorageLock(place, "mine").__enter__()
+    assert json.loads(Path(place).read_text())["pid"] == holder.pid
+
+
+def test_an_owner_that_was_killed_on_this_machine_is_followed_at_once(place, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    told = []
+    begin = time.monotonic()
+    with StorageLock(place, "mine", told.append):
+        assert time.monotonic() - begin < 5
+    assert len(told) == 1
+    assert "taking over the lock of" in told[0]
+
+
+def test_a_silent_owner_elsewhere_is_waited_for_and_then_followed(place, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    edit(place, machine="another one")
+    told = []
+    begin = time.monotonic()
+    with StorageLock(place, "mine", told.append, heartbeat_s=0.1, stale_after_s=1.0):
+        assert time.monotonic() - begin >= 1.0
+    assert "silent" in told[0]
+    assert "taking over" in told[1]
+
+
+def test_a_reused_process_number_is_not_the_owner(place, holder):
+    holder.kill()
+    holder.wait()
+    edit(place, pid=os.getpid())
+    with StorageLock(place, "mine"):
+        pass
+
+
+def test_of_many_takers_one_wins(place, holder):
+    holder.kill()
+    holder.wait()
+    takers = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, place], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        for _ in range(3)
+    ]
+    try:
+        end = time.monotonic() + 30
+        while sum(taker.poll() is None for taker in takers) > 1:
+            assert time.monotonic() < end, "two processes hold one lock"
+            time.sleep(0.05)
+        (winner,) = [taker for taker in takers if taker.poll() is None]
+        assert winner.stdout.readline() == b"held\n"
+    finally:
+        for taker in takers:
+            taker.kill()
+            taker.wait()
+
+
+def test_a_lost_lock_interrupts_its_owner(place):
+    def lose() -> None:
+        with StorageLock(place, "mine", heartbeat_s=0.1):
+            edit(place, token="other", owner="somebody@else")
+            time.sleep(10)
+
+    with pytest.raises(LockedError, match="was taken over by somebody@else"):
+        lose()
+    assert json.loads(Path(place).read_text())["token"] == "other"
+
+
+def test_what_is_no_lock_file_is_left_alone(place):
+    Path(place).parent.mkdir()
+    Path(place).write_text("hello")
+    with pytest.raises(LockedError, match="is not a lock file: delete it"):
+        StorageLock(place, "mine").__enter__()
+    assert Path(place).read_text() == "hello"

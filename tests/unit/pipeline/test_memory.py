@@ -1,0 +1,82 @@
+"""Memory of a training: what autograd keeps, the state by ZeRO stage, the micro-batch that fits."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model import build
+from pipeline.autobatch import find_micro_batch, memory_limit, useful_sizes
+from pipeline.config import ComputeConfig, PhaseConfig
+from pipeline.memory import StateBytes, saved_bytes, state_bytes
+
+PHASE = PhaseConfig(data="d", steps=1, global_batch=16, patch_px=16)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def network():
+    options = {"embed_dim": 12, "depths": [1], "num_heads": [3], "window_size": 8}
+    return build("hat", 2, compress_ratio=3, squeeze_factor=3, **options)
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+    layer = nn.Linear(4, 4)
+    x = torch.randn(10, 4, requires_grad=True)
+
+    def work():
+        y = layer(x)  # keeps x and the weight
+        (y * y).sum().backward()  # keeps y, twice
+
+    assert saved_bytes(layer, work) == 2 * 10 * 4 * 4
+
+
+def test_partitioning_divides_what_it_says():
+    whole, parts = state_bytes(10**6, 0, 4), {stage: state_bytes(10**6, stage, 4) for stage in (1, 2, 3)}
+    assert (whole.weights, whole.optimizer, whole.ema) == (4e6, 8e6, 4e6)
+    assert parts[1].weights == 4e6
+    assert parts[3].weights == 1e6
+    assert all(part.ema == 1e6 for part in parts.values())
+    assert all(part.optimizer == 3e6 for part in parts.values())  # with the fp32 partition
+    offloaded = state_bytes(10**6, 2, 4, offload=True)
+    assert offloaded.optimizer == offloaded.ema == 0
+    assert offloaded.host == parts[2].optimizer + parts[2].ema + 1e6
+
+
+def test_the_micro_batch_grows_with_the_memory(alone, network):
+    chosen = {}
+    for megabytes in (8, 12, 1000):
+        compute = ComputeConfig(micro_batch="auto", memory_limit_gb=megabytes / 1000)
+        chosen[megabytes] = find_micro_batch(network, PHASE, compute, 2, bf16=False)
+        assert chosen[megabytes] in useful_sizes(16)
+    assert 1 <= chosen[8] < chosen[12] < chosen[1000] == 16
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_too_little_memory_for_one_sample_is_said(alone, network):
+    compute = ComputeConfig(micro_batch="auto", memory_limit_gb=0.001)
+    with pytest.raises(ValueError, match=r"not one sample of patch_px 16 fits .* compute.activation_checkpoint=block"):
+        find_micro_batch(network, PHASE, compute, 2, bf16=False)
+
+
+def test_useful_sizes_are_the_smallest_for_each_number_of_passes():
+    assert list(useful_sizes(8)) == [8, 4, 3, 2, 1]
+
+
+def test_the_limit_is_a_share_of_the_free_memory(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    two = memory_limit(ComputeConfig(), torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_limit(ComputeConfig(), torch.device("cpu")) == pytest.approx(two / 2, rel=0.2)
+
+
+def test_offload_takes_the_state_off_the_device(network):
+    on_device = StateBytes.of(network, ComputeConfig(zero_stage=2), 2)
+    assert StateBytes.of(network, ComputeConfig(zero_stage=2, offload="optimizer"), 2).total < on_device.total

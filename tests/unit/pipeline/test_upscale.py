@@ -1,0 +1,202 @@
+"""`hatchery upscale` as a user runs it, on real image files and weights files."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model import build
+from model.inference import upscale
+from model.init import bicubic_start
+from model.picture import Picture, read_picture, write_picture
+from model.weights import save_pth, save_safetensors
+from pipeline.cli import main
+from pipeline.upscale import MEMORY_SHARE, bytes_per_px, fitting_tile
+from tests.unit.model.conftest import one_thread
+
+__all__ = ["one_thread"]
+
+SIZES = {"embed_dim": 12, "depths": (1,), "num_heads": (3,), "window_size": 8, "squeeze_factor": 6}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A published-style file of a network that interpolates bicubically."""
+    network = build("hat", 2, **SIZES)
+    bicubic_start(network)
+    path = tmp_path_factory.mktemp("weights") / "x2.pth"
+    save_pth(path, network.state_dict())
+    return str(path)
+
+
+@pytest.fixture
+def hatchery(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command; gives its exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def levels(height: int, width: int, channels: int = 3, deep: bool = False) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 65536 if deep else 256, (height, width, channels), np.uint16 if deep else np.uint8)
+
+
+def test_one_image_with_weights_alone(hatchery, weights, tmp_path) -> None:
+    write_picture(tmp_path / "in.png", Picture(levels(10, 14, 4, deep=True)))
+    code, out, _ = hatchery("upscale", tmp_path / "in.png", tmp_path / "new" / "out.tif", "--weights", weights)
+    assert code == 0
+    assert "14 x 10 -> 28 x 20 px, RGB and alpha, 16 bits" in out
+    written = read_picture(tmp_path / "new" / "out.tif").pixels
+    assert (written.dtype, written.shape) == (np.uint16, (20, 28, 4))
+
+
+def test_safetensors_and_every_option(hatchery, tmp_path) -> None:
+    """The identity network gives the image back whatever the options."""
+    network = build("hmanet", 1, embed_dim=32, depths=(1,), num_heads=(2,), window_size=8, interval_size=2)
+    bicubic_start(network)
+    save_safetensors(tmp_path / "x1.safetensors", network.state_dict(), {})
+    write_picture(tmp_path / "in.png", Picture(levels(24, 30)))
+    options = ["--tile", 16, "--tile-overlap", 8, "--tile-batch", 3, "--ensemble", "--precision", "fp32", "--scale", 1]
+    code, out, _ = hatchery(
+        "upscale", tmp_path / "in.png", tmp_path / "out.png", "--weights", tmp_path / "x1.safetensors", *options
+    )
+    assert code == 0
+    assert "hmanet x1, fp32 on" in out
+    assert np.array_equal(read_picture(tmp_path / "out.png").pixels, levels(24, 30))
+
+
+def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights, tmp_path) -> None:
+    for name in ("a.png", "sub/b.jpg", "sub/C.TIF"):
+        write_picture(tmp_path / "in" / name, Picture(levels(9, 8)))
+    (tmp_path / "in" / "b-broken.png").write_bytes(b"nothing")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"hatchery: {tmp_path}/in/b-broken.png cannot be read: ")
+    assert files(tmp_path / "in" / "out") == ["a.png", "sub/C.TIF", "sub/b.jpg"]
+    (tmp_path / "in" / "b-broken.png").unlink()
+    code, out, _ = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
+    assert code == 0
+    assert "[3/3]" in out, "results of the first run are no images to upscale"
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_single_image_into_a_folder(hatchery, weights, tmp_path) -> None:
+    write_picture(tmp_path / "in.png", Picture(levels(8, 8, 1)))
+    (tmp_path / "there").mkdir()
+    assert hatchery("upscale", tmp_path / "in.png", tmp_path / "there", "--weights", weights)[0] == 0
+    assert hatchery("upscale", tmp_path / "in.png", f"{tmp_path}/new/", "--weights", weights)[0] == 0
+    assert files(tmp_path / "there") == files(tmp_path / "new") == ["in.png"]
+
+
+def case(name: str, folder: Path) -> tuple[list[object], str]:
+    """Arguments of a wrong call besides the weights, and what is said."""
+    image, out = folder / "in.png", folder / "out.png"
+    return {
+        "no input": ([folder / "nope.png", out], "nope.png does not exist"),
+        "no images": ([folder / "empty", out], "empty holds no images"),
+        "unknown ending": ([image, folder / "out.gif"], "out.gif: choose an ending among"),
+        "no alpha": ([folder / "alpha.png", folder / "out.jpg"], "cannot hold an alpha channel"),
+        "onto itself": ([image, image], "would overwrite"),
+        "folder onto itself": ([folder, folder], "would overwrite"),
+        "folder into a file": ([folder, image], "is a file: name a folder"),
+        "other scale": ([image, out, "--scale", 3], "upscales by 2, not by --scale 3"),
+        "small tile": ([image, out, "--tile", 8], "tile=8 px with overlap=32 px"),
+        "small tile for a folder": ([folder, folder / "o", "--tile", 8], "tile=8 px with overlap=32 px"),
+        "precision": ([image, out, "--precision", "fp16"], "precision='fp16': choose one of"),
+        "two networks": ([image, out, "--model", "models:/m@champion"], "--weights and --model are two networks"),
+        "broken": ([folder / "broken.png", out], "broken.png cannot be read"),
+    }[name]
+
+
+WRONG = (
+    *("no input", "no images", "unknown ending", "no alpha", "onto itself", "folder onto itself", "folder into a file"),
+    *("other scale", "small tile", "small tile for a folder", "precision", "two networks", "broken"),
+)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_path) -> None:
+    write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
+    write_picture(tmp_path / "alpha.png", Picture(levels(8, 8, 4)))
+    (tmp_path / "broken.png").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    before = files(tmp_path)
+    arguments, message = case(name, tmp_path)
+    code, _, err = hatchery("upscale", *arguments, "--weights", weights)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_picture("in.png", Picture(levels(8, 8)))
+    torch.save({"fc.weight": torch.zeros(2)}, "other.pth")
+    for arguments, message in (
+        ([], "which network? Give --weights"),
+        (["--weights", "nope.pth"], "nope.pth"),
+        (["--weights", "other.pth"], "not the state dict of a network known here"),
+        (["--scale", "2"], "no MLflow store"),
+        (["--model", "models:/m@champion"], "no MLflow store"),
+        (["--model", "m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "write models:/NAME@champion"),
+        (["--scale", "2", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "holds no champion for x2"),
+        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "cannot be had"),
+    ):
+        code, _, err = hatchery("upscale", "in.png", "out.png", *arguments)
+        assert (code, message in err) == (2, True), err
+    assert not Path("out.png").exists()
+
+
+def test_export_writes_both_kinds(hatchery, weights, tmp_path) -> None:
+    for name, what in (("a.pt2", "x2.pth, hat x2, for sides of more than 8 px"), ("a.onnx", "differs from PyTorch by")):
+        code, out, err = hatchery("export", weights, tmp_path / name)
+        assert (code, what in out) == (0, True), err
+    assert files(tmp_path) == ["a.onnx", "a.pt2"]
+
+
+def test_the_interval_of_a_pth_file_is_an_option(hatchery, tmp_path) -> None:
+    network = build("hmanet", 1, embed_dim=32, depths=(1,), num_heads=(2,), window_size=8, interval_size=2).eval()
+    save_pth(tmp_path / "x1.pth", network.state_dict())
+    write_picture(tmp_path / "in.png", Picture(levels(24, 16)))
+    arguments = ["upscale", tmp_path / "in.png", tmp_path / "out.png", "--weights", tmp_path / "x1.pth"]
+    assert hatchery(*arguments, "--interval-size", 2, "--precision", "fp32")[0] == 0
+    assert np.array_equal(read_picture(tmp_path / "out.png").pixels, upscale(network, levels(24, 16)))
+
+
+def test_wrong_exports(hatchery, weights, tmp_path) -> None:
+    for arguments, message in (
+        ((weights, tmp_path / "a.engine"), "a.engine: choose an ending among .onnx, .pt2"),
+        ((tmp_path / "nope.pth", tmp_path / "a.onnx"), "nope.pth"),
+        ((weights, tmp_path / "a.pt2", "--interval-size", 4), "hat has no argument interval_size"),
+    ):
+        code, _, err = hatchery("export", *arguments)
+        assert (code, message in err, err.count("\n")) == (2, True, 1), err
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("free_bytes", [0, 10**6, 10**7, 10**8, 10**9])
+@pytest.mark.parametrize("overlap", [0, 9, 40])
+def test_tiles_are_chosen_by_the_memory_that_is_free(free_bytes: int, overlap: int) -> None:
+    network = build("hat", 4, **SIZES)
+    tile = fitting_tile(network, (512, 640), overlap, free_bytes)
+    whole = 512 * 640 * bytes_per_px(network) <= MEMORY_SHARE * free_bytes
+    assert (tile is None) == whole
+    if tile is not None:
+        assert tile % 8 == 0
+        assert tile > overlap
+        smallest = (overlap + 16) ** 2 * bytes_per_px(network)
+        assert tile**2 * bytes_per_px(network) <= max(MEMORY_SHARE * free_bytes, smallest)
