@@ -1,0 +1,165 @@
+"""What the training machinery costs: python -m tests.bench.training. Ratios measured in one run; 1 where one is missed.
+
+1. A step of our loop against one of a bare PyTorch loop: same network, batch and data, both in memory, taken in turn.
+2. The stall of a checkpoint, in steps.
+3. Two workers with one thread each against one worker with one thread: images per second.
+"""
+
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_V2_ENABLED": "1"}
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+
+from data_prep.loader import Batch
+from data_prep.shard import ShardSettings, make_shards
+from pipeline.config import ComputeConfig, ModelConfig, PhaseConfig, TrainingConfig
+from pipeline.launch import TrainJob
+from pipeline.monitor import Mailbox, StopWatch
+from pipeline.schedule import learning_rate
+
+ROUNDS, BATCH, PATCH, SCALE = 40, 8, 32, 2
+MODEL = {"embed_dim": 60, "depths": [4], "num_heads": [6], "window_size": 16, "compress_ratio": 4, "squeeze_factor": 10}
+LIMITS = {"overhead": 1.03, "stall": 2.0, "scaling": 1.85}
+
+
+def job(folder: str, shards: str, workers: int) -> TrainJob:
+    return TrainJob(
+        name="bench",
+        model=ModelConfig(arch="hat", options=MODEL),
+        phase=PhaseConfig(
+            data="d", steps=10**6, global_batch=BATCH, patch_px=PATCH, precision="fp32", log_every=10**6, grad_clip=1.0
+        ),
+        training=TrainingConfig(scale=SCALE, phase="pretrain"),
+        compute=ComputeConfig(num_workers=workers, micro_batch=BATCH // workers),
+        seed=0,
+        shards_uri=shards,
+        init=None,
+        checkpoints_uri=f"{folder}/checkpoints",
+        cache_dir=f"{folder}/cache",
+    )
+
+
+def in_memory(size: int) -> Iterator[Batch]:
+    low_res = torch.rand(size, 3, PATCH, PATCH)
+    batch = Batch(low_res, torch.rand(size, 3, SCALE * PATCH, SCALE * PATCH), ["key"] * size, 0)
+    return itertools.repeat(batch)
+
+
+def bare_loop(batches: Iterator[Batch]) -> Any:
+    """One step of an ordinary loop with Adam, clipping and averages, as a function."""
+    from pipeline.worker import fresh_network
+
+    network = fresh_network(job("", "", 1)).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    parameters = list(network.parameters())
+    averages = [p.detach().clone() for p in parameters]
+
+    def bare() -> None:
+        batch = next(batches)
+        optimizer.zero_grad(set_to_none=True)
+        nn.functional.l1_loss(network(batch.low_res), batch.high_res).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 0.001)
+
+    return bare
+
+
+def one_worker(config: dict[str, Any]) -> dict[str, float]:
+    """Our step, the bare step and a checkpoint, timed in turn in a real worker."""
+    from pipeline.train import save, step
+    from pipeline.window import Window
+    from pipeline.worker import set_up
+
+    run = set_up(TrainJob.model_validate(config["job"]), config["mailbox"], None)
+    run.batches = in_memory(BATCH)
+    window, watch = Window(run.device), StopWatch(run.mailbox)
+
+    def ours() -> None:
+        step(run, window, learning_rate(run.step, run.job.phase), want_stop=watch.poll())
+
+    bare, times = bare_loop(in_memory(BATCH)), {"ours": [], "bare": []}  # type: dict[str, list[float]]
+    for _ in range(ROUNDS):
+        for name, work in (("ours", ours), ("bare", bare)):
+            begin = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - begin)
+    stalls = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        save(run, {})
+        stalls.append(time.perf_counter() - begin)
+        for _ in range(5):
+            ours()
+    step_s, bare_s = (sorted(times[name])[ROUNDS // 2] for name in ("ours", "bare"))
+    return {"overhead": step_s / bare_s, "step_s": step_s, "stall": max(stalls[1:]) / step_s}
+
+
+def throughput(config: dict[str, Any]) -> float:
+    """Images per second of a group of workers."""
+    from pipeline.train import step
+    from pipeline.window import Window
+    from pipeline.worker import set_up
+
+    run = set_up(TrainJob.model_validate(config["job"]), config["mailbox"], None)
+    run.batches = in_memory(BATCH // run.world_size)
+    window = Window(run.device)
+    best = 0.0
+    for _ in range(6):
+        begin = time.perf_counter()
+        for _ in range(5):
+            step(run, window, 1e-4)
+        best = max(best, 5 * BATCH / (time.perf_counter() - begin))
+    return best
+
+
+def fit(function: Any, folder: str, shards: str, workers: int) -> Any:
+    # an actor that stays with the driver: records that nobody reads
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    trainer = ray.train.torch.TorchTrainer(
+        function,
+        train_loop_config={"job": job(folder, shards, workers).model_dump(mode="json"), "mailbox": mailbox},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers),
+        run_config=ray.train.RunConfig(name=f"{function.__name__}-{workers}", storage_path=folder),
+    )
+    return trainer.fit().return_value
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="hatchery-bench-") as folder:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        shards = f"{folder}/shards"
+        make_shards("photographs:", shards, ShardSettings(samples_per_shard=8, min_side_px=256))
+        measured = fit(one_worker, folder, shards, 1)
+        one, two = (fit(throughput, folder, shards, workers) for workers in (1, 2))
+        ray.shutdown()
+    measured["scaling"] = two / one
+    kept = {
+        "overhead": measured["overhead"] <= LIMITS["overhead"],
+        "stall": measured["stall"] <= LIMITS["stall"],
+        "scaling": measured["scaling"] >= LIMITS["scaling"],
+    }
+    print(f"step: {1000 * measured['step_s']:.0f} ms ({BATCH} x {PATCH} px, HAT of width {MODEL['embed_dim']})")
+    for name, what in (
+        ("overhead", "our step / a bare PyTorch step (at most 1.03)"),
+        ("stall", "stall of a checkpoint, in steps (at most 2)"),
+        ("scaling", "two workers / one worker, one thread each (at least 1.85)"),
+    ):
+        print(f"{what}: {measured[name]:.3f} {'' if kept[name] else 'MISSED'}")
+    return 0 if all(kept.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
