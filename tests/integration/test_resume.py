@@ -1,17 +1,18 @@
 """A killed run continues from its last checkpoint, to the same weights as a run that was left alone."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 
-from data_prep import storage
 from model.weights import read_weights
 from tests.shared_data import ROOT
 
@@ -44,16 +45,20 @@ def run(folder: Path) -> str:
     return done.stdout
 
 
-def checkpoints(folder: Path) -> list[str]:
-    return [f.uri for f in storage.list_files(f"{folder}/runs/pretrain-x2") if f.uri.endswith("meta.json")]
+def committed(folder: Path) -> bool:
+    """Whether Ray Train has written down a checkpoint: all ranks' files are there, and a new start will find it."""
+    for snapshot in (folder / "runs" / "pretrain-x2").rglob("checkpoint_manager_snapshot.json"):
+        with suppress(ValueError):  # it is being written
+            return bool(json.loads(snapshot.read_text())["checkpoint_results"])
+    return False
 
 
 def signal_after_a_checkpoint(folder: Path, kind: signal.Signals) -> "subprocess.Popen[bytes]":
-    """Start a run and end it when its first checkpoint is in the storage: SIGKILL for all its processes at once."""
+    """Start a run and end it when its first checkpoint is committed: SIGKILL for all its processes at once."""
     with (folder / "ended.log").open("wb") as log:
         process = subprocess.Popen(command(folder), cwd=ROOT, env=env(), stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 180
-    while not ((folder / "runs" / "pretrain-x2").exists() and checkpoints(folder)):
+    while not committed(folder):
         assert process.poll() is None, (folder / "ended.log").read_text()
         assert time.monotonic() < deadline, (folder / "ended.log").read_text()
         time.sleep(0.05)
