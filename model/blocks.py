@@ -117,18 +117,40 @@ class ChannelAttentionBlock(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops the whole branch of a sample with probability `rate`."""
+    """Stochastic depth: in training drops the whole branch of a sample with probability `rate`.
+
+    What is dropped follows torch's generator, or numbers that were set for each sample (`set_drop_path_draws`).
+    """
+
+    BRANCHES = 2
+    """Branches of a block that share one module: attention and MLP."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.draws: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: int = 0) -> Tensor:
         """(B, ...) -> same; what is kept is divided by 1 - rate."""
         if not self.training or self.rate == 0:
             return x
-        keep = torch.rand((len(x),) + (1,) * (x.ndim - 1), device=x.device) >= self.rate
+        draws = torch.rand(len(x), device=x.device) if self.draws is None else self.draws[:, branch]
+        keep = draws.reshape((-1,) + (1,) * (x.ndim - 1)) >= self.rate
         return x * (keep / (1 - self.rate)).to(x.dtype)
+
+
+def drop_paths(network: nn.Module) -> list[DropPath]:
+    """All stochastic depth of a network, from its first block to its last."""
+    return [module for module in network.modules() if isinstance(module, DropPath)]
+
+
+def set_drop_path_draws(network: nn.Module, draws: Tensor | None) -> None:
+    """What the next passes drop: numbers in 0..1, (B, blocks, branches); None: whatever torch's generator gives.
+
+    With numbers that belong to the samples, a sample trains the same network in whichever batch it lies.
+    """
+    for number, module in enumerate(drop_paths(network)):
+        module.draws = None if draws is None else draws[:, number]
 
 
 class Float32Conv2d(nn.Conv2d):

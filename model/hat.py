@@ -72,8 +72,8 @@ class HybridAttentionBlock(nn.Module):
         conv_bchw, gate_bc11 = self.conv_block(_channels_first(normed_bhwc), Remake(x_bhwc, self._normed_bchw))
         attended_bhwc = self._attended(normed_bhwc, x_bhwc, index_nn, masks_gnn)
         conv_bhwc = _channels_last(conv_bchw) * _channels_last(gate_bc11 * self.conv_scale)
-        x_bhwc = add(x_bhwc, self.drop_path(attended_bhwc), conv_bhwc)
-        return add(x_bhwc, self.drop_path(self.mlp(self.norm2(x_bhwc), Remake(x_bhwc, self.norm2))))
+        x_bhwc = add(x_bhwc, self.drop_path(attended_bhwc, 0), conv_bhwc)
+        return add(x_bhwc, self.drop_path(self.mlp(self.norm2(x_bhwc), Remake(x_bhwc, self.norm2)), 1))
 
     def _attended(self, normed_bhwc: Tensor, x_bhwc: Tensor, index_nn: Tensor, masks_gnn: Tensor) -> Tensor:
         if not self.shift:

@@ -118,8 +118,8 @@ class FusedAttentionBlock(nn.Module):
         attended_bhwc = self.attn(qkv_bhwc, index_nn, masks_gnn if self.shift else None)
         if self.shift:
             attended_bhwc = attended_bhwc.roll((self.shift, self.shift), (1, 2))
-        x_bhwc = add(x_bhwc, self.drop_path(attended_bhwc))
-        return add(x_bhwc, self.drop_path(self.mlp(self.norm2(x_bhwc), Remake(x_bhwc, self.norm2))))
+        x_bhwc = add(x_bhwc, self.drop_path(attended_bhwc, 0))
+        return add(x_bhwc, self.drop_path(self.mlp(self.norm2(x_bhwc), Remake(x_bhwc, self.norm2)), 1))
 
     def _shifted_bhwc(self, x_bhwc: Tensor) -> Tensor:
         normed_bhwc = self.norm1(x_bhwc)

@@ -3,7 +3,8 @@
 Every rank writes its own file to the local disk and goes on training; Ray Train uploads it in a thread and commits
 the checkpoint when all ranks' files are in the storage, so that a reader sees a whole one or none. Beside the state
 lie the step, the data position, config and versions. Random numbers in the network are drawn from (seed, step,
-rank), and the sample order is arithmetic on the data position, so there is no generator to save.
+place of the sample in the global batch), and the sample order is arithmetic on the data position, so there is no
+generator to save.
 """
 
 import json

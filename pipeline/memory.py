@@ -63,7 +63,7 @@ def state_bytes(count: int, zero_stage: int, world_size: int, *, offload: bool =
 def training_pass(
     network: nn.Module, loss: Loss, size: int, side_px: int, scale: int, bf16: bool
 ) -> Callable[[], None]:
-    """To be called: forward and backward pass of `size` samples (3, side_px, side_px) of zeros, on the network's device."""
+    """To be called: forward and backward pass of `size` samples of zeros, side_px a side, on the network's device."""
     device = next(network.parameters()).device
     low_res = torch.zeros(size, 3, side_px, side_px, device=device)
     high_res = torch.zeros(size, 3, scale * side_px, scale * side_px, device=device)

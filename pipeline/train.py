@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_prep import storage
 from data_prep.loader import Batch
+from model.blocks import DropPath, drop_paths, set_drop_path_draws
 from pipeline import checkpoint, zero
 from pipeline.communication import CommunicationProbe
 from pipeline.config import digest_of
@@ -104,7 +105,6 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
 
 def step(run: Run, window: Window, rate: float, *, want_stop: bool = False) -> list[str]:
     """One optimizer step at a learning rate, and the averages after it; the names of this rank's samples."""
-    torch.manual_seed(_seed(run.job.seed, run.step, run.rank))  # drop path draws the same after a resume
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.begin_step(want_stop=want_stop)
@@ -119,10 +119,12 @@ def step(run: Run, window: Window, rate: float, *, want_stop: bool = False) -> l
 def _global_batch(run: Run, window: Window) -> list[str]:
     """This rank's micro-batches of one optimizer step, and the step (DeepSpeed takes it after the last one)."""
     keys: list[str] = []
-    for _ in range(run.passes):
+    draws = _drop_path_draws(run)
+    for number in range(run.passes):
         with window.timing("data_wait_s"):
             batch = next(run.batches)
             keys += batch.keys
+        set_drop_path_draws(run.engine.module, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
         with window.timing("forward_s"):
             loss = _weighted_loss(run, batch)
         with window.timing("backward_s"):
@@ -131,6 +133,17 @@ def _global_batch(run: Run, window: Window) -> list[str]:
             run.engine.step()
         window.add(loss)
     return keys
+
+
+def _drop_path_draws(run: Run) -> Tensor:
+    """What this rank's samples of the step drop, (samples, blocks, branches), and a row for passes without samples.
+
+    Drawn for the whole global batch, so that it is the sample that counts and not the rank.
+    """
+    generator = torch.Generator().manual_seed(int(digest_of([run.job.seed, run.step])[:15], 16))
+    size = (run.job.phase.global_batch, len(drop_paths(run.engine.module)), DropPath.BRANCHES)
+    mine = torch.rand(size, generator=generator)[run.rank :: run.world_size]
+    return torch.cat([mine, torch.ones(1, *size[1:])]).to(run.device)
 
 
 def _weighted_loss(run: Run, batch: Batch) -> Tensor:
@@ -233,7 +246,3 @@ def _roll_back(run: Run, bad_steps: int) -> dict[str, Any]:
     reason = f"{bad_steps} steps in a row up to step {run.step} had a non-finite loss or gradient"
     # the last checkpoint's step is not known here; an offset past all data seen so far is fresh from any of them
     return {"kind": "roll_back", "step": run.step, "data_offset": run.step + run.data_offset, "reason": reason}
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    return int(digest_of([seed, step, rank])[:15], 16)

@@ -41,6 +41,7 @@ class Run:
     device: torch.device
     rank: int
     world_size: int
+    micro_batch: int
     passes: int
     step: int
     data_offset: int
@@ -85,6 +86,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         device=device,
         rank=rank,
         world_size=world_size,
+        micro_batch=micro_batch,
         passes=micro_batches_per_step(job.phase.global_batch, micro_batch, world_size),
         step=step,
         data_offset=data_offset,

@@ -43,7 +43,6 @@ RECIPE = [
             "phases.pretrain.global_batch=12",
             "phases.pretrain.patch_px=32",
             "phases.pretrain.precision=fp32",
-            "model.options.drop_path_rate=0",  # its draws follow the rank: other numbers of workers train another net
         )
         for word in ("--set", override)
     ),

@@ -39,8 +39,8 @@ def env() -> dict[str, str]:
     return {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "RAY_AUTH_MODE": "disabled"}
 
 
-def run(folder: Path) -> str:
-    done = subprocess.run(command(folder), cwd=ROOT, env=env(), capture_output=True, text=True, timeout=300)
+def run(folder: Path, *more: str) -> str:
+    done = subprocess.run(command(folder, *more), cwd=ROOT, env=env(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -76,13 +76,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_weights(found[0])
 
 
-def continues(folder: Path) -> int:
+def continues(folder: Path, num_workers: int = 2) -> int:
     """Run again to the end; gives the step that it went on from."""
-    output = run(folder)
-    first = re.search(r"pretrain-x2: \d process\w* from step (\d+)", output)
+    output = run(folder, f"compute.num_workers={num_workers}")
+    first = re.search(r"pretrain-x2: (\d) process\w* from step (\d+)", output)
     assert first, output
+    assert int(first[1]) == num_workers
     assert "shard-photographs: done before" in output
-    return int(first[1])
+    return int(first[2])
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +94,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return weights(folder)
 
 
-def assert_equal_weights(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_equal_weights(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], slack: float = 1) -> None:
+    """slack: factor on the tolerances, for sums in another order."""
     for name, value in theirs.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(mine[name], value, rtol=slack * 1e-4, atol=slack * 1e-6, msg=name)
 
 
 def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
@@ -104,14 +106,14 @@ def test_a_killed_run_continues_to_the_same_weights(tmp_path: Path, alone: dict[
     assert_equal_weights(weights(tmp_path), alone)
 
 
-def test_sigterm_saves_a_checkpoint_before_it_ends(tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+def test_sigterm_saves_a_checkpoint_that_one_worker_continues(tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
     ended = signal_after_a_checkpoint(tmp_path, signal.SIGTERM)
     log = (tmp_path / "ended.log").read_text()
     assert ended.returncode == 143, log
     stopped = re.search(r"asked to stop at step (\d+) and saved a checkpoint; the same command continues", log)
     assert stopped, log
-    assert continues(tmp_path) == int(stopped[1])
-    assert_equal_weights(weights(tmp_path), alone)
+    assert continues(tmp_path, num_workers=1) == int(stopped[1])
+    assert_equal_weights(weights(tmp_path), alone, slack=10)
 
 
 def test_a_diverging_run_names_its_samples_goes_back_and_stops(tmp_path: Path) -> None:
