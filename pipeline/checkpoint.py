@@ -24,6 +24,8 @@ from pipeline.artifact import code_versions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 META = "meta.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints it has committed."""
 UPLOAD_PATIENCE_S = 600
 
 State = dict[str, dict[str, Tensor]]  # "params", "exp_avg", "exp_avg_sq", "ema" -> whole tensors by name
@@ -69,8 +71,7 @@ def _upload(folder: Path, uri: str) -> ray.train.Checkpoint:
                     raise
                 time.sleep(5)
     shutil.rmtree(folder)
-    filesystem, path = storage.filesystem(uri)
-    return ray.train.Checkpoint(path, filesystem)
+    return open_at(uri)
 
 
 def part_name(rank: int) -> str:
@@ -90,6 +91,58 @@ def load(checkpoint: ray.train.Checkpoint, job_digest: str) -> tuple[State, dict
         return _read(Path(folder), meta, ("params", *MOMENTS, "ema")), meta
 
 
+def recover(place: str) -> str | None:
+    """URI of the newest whole checkpoint at a place where Ray Train would find none, though there are some.
+
+    Ray keeps a list of checkpoints and writes it in place: a crash in the middle leaves half of it, a crash before
+    it leaves files that nobody knows of, and Ray refuses a list that names a checkpoint which somebody deleted. A
+    list that cannot be used is put aside.
+    """
+    snapshot = storage.join(place, SNAPSHOT)
+    found = _files_by_checkpoint(place)
+    if storage.exists(snapshot):
+        content = storage.read_bytes(snapshot)
+        listed = _listed(content)
+        if listed and all(META in found.get(name, ()) for name in listed):
+            return None
+        storage.write_bytes(f"{snapshot}.unusable", content)
+        storage.delete(snapshot)
+    for name in sorted(found, reverse=True):
+        uri = storage.join(place, name)
+        if META in found[name] and not _missing(json.loads(storage.read_bytes(storage.join(uri, META))), found[name]):
+            return uri
+    return None
+
+
+def _files_by_checkpoint(place: str) -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for file in storage.iter_files(place):
+        folder, _, name = file.path.rpartition("/")
+        if folder.startswith("step-"):
+            found.setdefault(folder, set()).add(name)
+    return found
+
+
+def _listed(snapshot: bytes) -> list[str]:
+    """Checkpoints that Ray Train's list names; none where it cannot be read."""
+    try:
+        return [result["checkpoint_dir_name"] for result in json.loads(snapshot)["checkpoint_results"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _missing(meta: dict[str, Any], there: set[str]) -> list[str]:
+    """Files that a checkpoint with this meta data lacks."""
+    ranks = range(meta["world_size"] if meta["zero_stage"] else 1)
+    return [part_name(rank) for rank in ranks if part_name(rank) not in there]
+
+
+def open_at(uri: str) -> ray.train.Checkpoint:
+    """The checkpoint at a URI."""
+    filesystem, path = storage.filesystem(uri)
+    return ray.train.Checkpoint(path, filesystem)
+
+
 def ema_weights(checkpoint: ray.train.Checkpoint) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, whole: what is exported."""
     with checkpoint.as_directory() as folder:
@@ -98,11 +151,9 @@ def ema_weights(checkpoint: ray.train.Checkpoint) -> dict[str, Tensor]:
 
 
 def _read(folder: Path, meta: dict[str, Any], names: tuple[str, ...]) -> State:
-    ranks = range(meta["world_size"] if meta["zero_stage"] else 1)
-    files = [folder / part_name(rank) for rank in ranks]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
+    if missing := _missing(meta, {file.name for file in folder.iterdir()}):
         raise ValueError(f"checkpoint {folder} lacks {', '.join(missing)}: delete it, an older one will be used")
+    files = [folder / part_name(rank) for rank in range(meta["world_size"] if meta["zero_stage"] else 1)]
     parts: list[Part] = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
     return {
         name: assemble([part[name] for part in parts], meta["layout"], interleaved=meta["zero_stage"] == 3)

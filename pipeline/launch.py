@@ -17,9 +17,8 @@ import ray.train.torch
 from pydantic import Field
 
 from data_prep import storage
-from pipeline import cluster
+from pipeline import checkpoint, cluster
 from pipeline.artifact import Artifact
-from pipeline.checkpoint import UPLOAD_PATIENCE_S
 from pipeline.config import (
     ComputeConfig,
     ModelConfig,
@@ -49,12 +48,22 @@ class TrainJob(Settings):
     gate_metric: str = "psnr_y"
     checkpoints_uri: str
     cache_dir: str
+    resume_from: str | None = Field(None, description="URI of a checkpoint to start from where Ray Train knows none")
     data_offset: int = Field(0, description="steps of data passed over because they led to non-finite losses")
 
     @property
     def digest(self) -> str:
         """What a checkpoint must have been trained as to be resumed: everything but where it runs."""
-        places = {"compute", "shards_uri", "checkpoints_uri", "cache_dir", "init", "phase", "data_offset"}
+        places = {
+            "compute",
+            "shards_uri",
+            "checkpoints_uri",
+            "cache_dir",
+            "init",
+            "phase",
+            "data_offset",
+            "resume_from",
+        }
         places |= {"validation", "gate_metric"}
         values = self.model_dump(mode="json", exclude=places) | {"phase": self.phase.what()}
         return digest_of([values, self.init.digest if self.init else None])
@@ -92,7 +101,11 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
     reached = -1
     while True:
         try:
-            return _trainer(job, monitor, references).fit()
+            recovered = checkpoint.recover(job.checkpoints_uri)
+            if recovered:
+                note = f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}"
+                monitor.handle({"step": max(reached, 0), "warning": note})
+            return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
             for error in getattr(failure, "worker_failures", {}).values():
                 if isinstance(error, ValueError):
@@ -114,7 +127,7 @@ def _wait_for_storage(uri: str) -> float:
             return time.monotonic() - begin if away else 0.0
         except storage.StorageError:
             away = True
-            if time.monotonic() - begin > UPLOAD_PATIENCE_S:
+            if time.monotonic() - begin > checkpoint.UPLOAD_PATIENCE_S:
                 raise
             time.sleep(5)
 

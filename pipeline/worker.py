@@ -128,6 +128,8 @@ def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, di
     torch.manual_seed(job.training.seed)
     network = fresh_network(job)
     saved = ray.train.get_checkpoint()
+    if saved is None and job.resume_from is not None:
+        saved = checkpoint.open_at(job.resume_from)
     if saved is not None:
         state, meta = checkpoint.load(saved, job.digest)
         network.load_state_dict(state["params"], strict=False)  # buffers are computed, not trained

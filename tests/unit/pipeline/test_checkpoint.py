@@ -52,3 +52,42 @@ def test_a_foreign_or_incomplete_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load(write(tmp_path, world_size=2), "other")
     with pytest.raises(ValueError, match=r"lacks rank-00002\.pt"):
         checkpoint.load(write(tmp_path, world_size=3), "d")
+
+
+def listing(place: Path, *names: str) -> None:
+    """Ray Train's list of checkpoints, as far as it is read here."""
+    listed = {"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}
+    (place / checkpoint.SNAPSHOT).write_text(json.dumps(listed))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """Three checkpoints; the newest lacks a rank's file."""
+    for step in (2, 4, 6):
+        folder = tmp_path / f"step-{step:08}-{step:08}"
+        folder.mkdir()
+        write(folder, world_size=3 if step == 6 else 2)
+    return tmp_path
+
+
+def test_a_sound_list_is_left_to_ray(place: Path) -> None:
+    listing(place, "step-00000002-00000002")
+    assert checkpoint.recover(str(place)) is None
+    assert (place / checkpoint.SNAPSHOT).exists()
+
+
+@pytest.mark.parametrize("lost", ["torn", "absent", "names a deleted one"])
+def test_the_newest_whole_checkpoint_is_found_without_rays_list(place: Path, lost: str) -> None:
+    listing(place, "step-00000004-00000004", "step-00000008-00000008")
+    snapshot = place / checkpoint.SNAPSHOT
+    if lost == "torn":
+        snapshot.write_text(snapshot.read_text()[:30])
+    elif lost == "absent":
+        snapshot.unlink()
+    assert checkpoint.recover(str(place)) == f"{place}/step-00000004-00000004"
+    assert not snapshot.exists()  # Ray would refuse it
+    assert checkpoint.recover(str(place)) == f"{place}/step-00000004-00000004"  # killed before the next one
+
+
+def test_nothing_to_recover_is_no_error(tmp_path: Path) -> None:
+    assert checkpoint.recover(str(tmp_path / "absent")) is None
