@@ -35,7 +35,7 @@ lint: setup ## ruff and mypy
 
 unit: setup ## unit and parity tests
 	@echo "Unit and parity tests ..."
-	@$(BIN)/pytest -q -m 'not integration' tests
+	@$(BIN)/pytest -q -n auto -m 'not integration' tests
 
 integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
