@@ -10,6 +10,7 @@ inside a window, n queries, m keys, a attention heads, d channels of a head, p r
 heads, g kinds of mask.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from model.windows import Cut, key_image
 
 SCORES_BYTES = 2**21
 """Size of the buffer of scores, about: it shall stay in the processor's cache."""
+BAND_BYTES = 2**25
+"""Of queries, keys and values about so much is brought into the order of windows at a time."""
 
 
 @dataclass(frozen=True)
@@ -50,70 +53,123 @@ def window_attention(attention: Attention, table_pa: Tensor, *images_bhwc: Tenso
     return _attend(_Work(attention, table_pa, images_bhwc), cached_bias)
 
 
-class _Part(NamedTuple):
-    """Neighbouring windows of one row of windows, with the same mask."""
+class _Band(NamedTuple):
+    """Rows of windows of one image, or all of several images: what is brought together at a time."""
 
-    batch: int
-    row: int
-    columns: slice
-    mask: int | None
+    images: slice
+    rows: slice
+
+
+class _Part(NamedTuple):
+    """Windows that follow each other in a band, all their heads together."""
+
+    heads: slice
+    masks: tuple[int | None, ...]
+    """Of each window."""
 
 
 class _Work:
     """The tensors of one attention as windows, and the order in which they are worked on."""
 
     def __init__(self, attention: Attention, table_pa: Tensor, images: tuple[Tensor, ...]) -> None:
-        self.attention = attention
-        cut, heads = attention.cut, (attention.num_heads, -1)
-        q, k, v = _query_key_value(images)
+        self.attention, self.table_pa = attention, table_pa
+        cut, q = attention.cut, _query_key_value(images)[0]
         self.query_image = q
-        self.q = cut.windows(q).unflatten(-1, heads)
-        self.k, self.v = (cut.key_windows(key_image(x, cut)).unflatten(-1, heads) for x in (k, v))
-        self.scale = self.q.shape[-1] ** -0.5
-        self.table_pa = table_pa
+        self.q = cut.windows(q)
+        self.k, self.v = (cut.key_windows(key_image(x, cut)) for x in _query_key_value(images)[1:])
+        self.scale = (self.q.shape[-1] // attention.num_heads) ** -0.5
         self.num_keys = self.k.shape[3] * self.k.shape[4]
         scores_per_row = attention.num_heads * self.q.shape[4] * self.num_keys
         scores = SCORES_BYTES // q.element_size()
-        self.rows_at_once = max(1, min(self.q.shape[3], scores // scores_per_row))
-        self.windows_at_once = max(1, min(self.q.shape[2], scores // (scores_per_row * self.rows_at_once)))
+        num_rows = self.q.shape[3]
+        shares = -(-num_rows // max(1, min(num_rows, scores // scores_per_row)))
+        self.rows_at_once = -(-num_rows // shares)
+        windows = scores // (scores_per_row * self.rows_at_once)
+        self.windows_at_once = max(1, min(windows, self.q.shape[:3].numel()))
         self.buffer = q.new_empty(self.windows_at_once * self.rows_at_once * scores_per_row)
+
+    def bands(self) -> Iterator[_Band]:
+        """All windows, about BAND_BYTES at a time."""
+        images, rows, columns = self.q.shape[:3]
+        row_bytes = columns * (self.q[0, 0, 0].numel() + 2 * self.k[0, 0, 0].numel()) * self.q.element_size()
+        at_once = max(1, BAND_BYTES // row_bytes)
+        if at_once >= rows:
+            for some in _slices(images, at_once // rows):
+                yield _Band(some, slice(0, rows))
+        else:
+            for image, some in itertools.product(_slices(images, 1), _slices(rows, at_once)):
+                yield _Band(image, some)
 
     def rows(self) -> Iterator[slice]:
         """Rows of queries inside the windows whose scores fit the buffer."""
-        for start in range(0, self.q.shape[3], self.rows_at_once):
-            yield slice(start, min(start + self.rows_at_once, self.q.shape[3]))
+        return _slices(self.q.shape[3], self.rows_at_once)
 
-    def parts(self) -> Iterator[_Part]:
-        """All windows, as many at once as fit the buffer."""
-        batch, rows, columns = self.q.shape[:3]
-        masked = self.attention.masks_gnm is not None
-        inner = columns - 1 if masked else columns
-        for b in range(batch):
-            for row in range(rows):
-                last = masked and row == rows - 1
-                for start in range(0, inner, self.windows_at_once):
-                    columns_here = slice(start, min(start + self.windows_at_once, inner))
-                    yield _Part(b, row, columns_here, 0 if last else None)
-                if masked:
-                    yield _Part(b, row, slice(inner, columns), 2 if last else 1)
+    def parts(self, band: _Band) -> Iterator[_Part]:
+        """The windows of a band, as many at once as fit the buffer; with masks some of a row, or whole rows.
 
-    def queries(self, rows: slice) -> tuple[int, int]:
-        """First and last + 1 query of some rows of a window."""
+        So few different orders of masks occur, and biases made for one part serve many others.
+        """
+        columns, rows = self.q.shape[2], band.rows.stop - band.rows.start
+        run = count = (band.images.stop - band.images.start) * rows * columns
+        at_once = self.windows_at_once
+        if self.attention.masks_gnm is not None:
+            run = min(run, columns) if at_once < columns else run
+            at_once = at_once - at_once % columns or at_once
+        heads = self.attention.num_heads
+        for begin in range(0, count, run):
+            for some in _slices(run, at_once):
+                windows = range(begin + some.start, begin + some.stop)
+                masks = tuple(self._mask(band.rows.start + w // columns % rows, w % columns) for w in windows)
+                yield _Part(slice(windows.start * heads, windows.stop * heads), masks)
+
+    def _mask(self, row: int, column: int) -> int | None:
+        """The mask of the window in this place."""
+        if self.attention.masks_gnm is None:
+            return None
+        in_last = (row == self.q.shape[1] - 1, column == self.q.shape[2] - 1)
+        return {(False, False): None, (True, False): 0, (False, True): 1, (True, True): 2}[in_last]
+
+    def together(self, windows_byxijc: Tensor, band: _Band) -> Tensor:
+        """(V, N, D): a copy of a band in the order of its windows and heads."""
+        x_byxijad = windows_byxijc[band.images, band.rows].unflatten(-1, (self.attention.num_heads, -1))
+        x_byxaijd = x_byxijad.permute(0, 1, 2, 5, 3, 4, 6)
+        return x_byxaijd.reshape(-1, x_byxijad.shape[3] * x_byxijad.shape[4], x_byxijad.shape[6])
+
+    def apart(self, x_vnd: Tensor, windows_byxijc: Tensor, band: _Band) -> Tensor:
+        """What `together` brought together, as (B, Y, X, I, J, A, D) again; (B, Y, X, I, J, C) tells the sizes."""
+        batch, rows, columns, i, j, _ = windows_byxijc[band.images, band.rows].shape
+        x_byxaijd = x_vnd.unflatten(1, (i, j)).unflatten(0, (batch, rows, columns, self.attention.num_heads))
+        return x_byxaijd.permute(0, 1, 2, 4, 5, 3, 6)
+
+    def put(self, windows_byxijc: Tensor, band: _Band, x_vnd: Tensor, scale: float = 1) -> None:
+        """Write `scale` times what `together` would read."""
+        place_byxijad = windows_byxijc[band.images, band.rows].unflatten(-1, (self.attention.num_heads, -1))
+        x_byxijad = self.apart(x_vnd, windows_byxijc, band)
+        place_byxijad.copy_(x_byxijad) if scale == 1 else torch.mul(x_byxijad, scale, out=place_byxijad)
+
+    def queries(self, rows: slice) -> slice:
+        """The queries of some rows of a window."""
         width = self.q.shape[4]
-        return rows.start * width, rows.stop * width
+        return slice(rows.start * width, rows.stop * width)
 
     def biases(self, rows: slice, gather: "Gather") -> Callable[[_Part], Tensor]:
-        """Per part the bias of its windows with their mask, (V, N, M)."""
-        index_nm = self.attention.index_rows(*self.queries(rows))
+        """Per part the bias of its windows with their masks, (V, N, M)."""
+        queries = self.queries(rows)
+        index_nm = self.attention.index_rows(queries.start, queries.stop)
         bias_anm = gather(self.table_pa, index_nm, self.q.dtype)
-        made: dict[int | None, Tensor] = {None: bias_anm.repeat(self.windows_at_once, 1, 1)}
+        plain_vnm = bias_anm.repeat(self.windows_at_once, 1, 1)
+        made: dict[tuple[int | None, ...], Tensor] = {}
+
+        def masked(mask: int | None) -> Tensor:
+            masks_gnm = self.attention.masks_gnm
+            return bias_anm if mask is None or masks_gnm is None else bias_anm + masks_gnm[mask, queries].to(bias_anm)
 
         def of(part: _Part) -> Tensor:
-            masks_gnm = self.attention.masks_gnm
-            if masks_gnm is not None and part.mask is not None and part.mask not in made:
-                mask_nm = masks_gnm[part.mask, slice(*self.queries(rows))]
-                made[part.mask] = made[None] + mask_nm.to(bias_anm.dtype)
-            return made[part.mask][: (part.columns.stop - part.columns.start) * self.attention.num_heads]
+            if set(part.masks) == {None}:
+                return plain_vnm[: len(part.masks) * self.attention.num_heads]
+            if part.masks not in made:
+                made[part.masks] = torch.cat([masked(mask) for mask in part.masks])
+            return made[part.masks]
 
         return of
 
@@ -122,6 +178,12 @@ class _Work:
         scores_vnm = self.buffer[: bias_vnm.numel()].view_as(bias_vnm)
         torch.baddbmm(bias_vnm, q_vnd, k_vmd.transpose(1, 2), alpha=self.scale, out=scores_vnm)
         return torch.softmax(scores_vnm, -1, out=scores_vnm)
+
+
+def _slices(count: int, at_once: int) -> Iterator[slice]:
+    """0 .. count in slices of at most `at_once`."""
+    for start in range(0, count, at_once):
+        yield slice(start, min(start + at_once, count))
 
 
 Gather = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -165,35 +227,39 @@ def _query_key_value(images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return images[0].chunk(3, dim=-1) if len(images) == 1 else images
 
 
-def _read(windows_byxijad: Tensor, part: _Part, rows: slice = slice(None)) -> Tensor:
-    """(V, N, D) of a part; pixels are brought together by a copy, heads and channels only by strides."""
-    x_xnad = windows_byxijad[part.batch, part.row, part.columns, rows].flatten(1, 2)
-    return x_xnad.transpose(1, 2).flatten(0, 1)
+def _narrow_like(x_vnd: Tensor, *, zeros: bool = False) -> Tensor:
+    """Room for a result of `_narrow_product`, (V, N, D)."""
+    if x_vnd.dtype == torch.float32:
+        x_vnd = x_vnd.transpose(1, 2)
+    new = torch.zeros_like if zeros else torch.empty_like
+    room = new(x_vnd, memory_format=torch.contiguous_format)
+    return room.transpose(1, 2) if x_vnd.dtype == torch.float32 else room
 
 
-def _write(windows_byxijad: Tensor, part: _Part, x_vnd: Tensor, rows: slice = slice(None), add: bool = False) -> None:
-    """Put (V, N, D) of a part in its place, or add it there."""
-    place_xijad = windows_byxijad[part.batch, part.row, part.columns, rows]
-    x_xaijd = x_vnd.unflatten(0, (-1, place_xijad.shape[3])).unflatten(2, place_xijad.shape[1:3])
-    x_xijad = x_xaijd.permute(0, 2, 3, 1, 4)
-    place_xijad.add_(x_xijad) if add else place_xijad.copy_(x_xijad)
-
-
-def _narrow_product(a_vnm: Tensor, b_vmd: Tensor) -> Tensor:
-    """(V, N, D) with D of a few dozen. In float32 as b.T @ a.T: BLAS is twice as fast at short rows as at columns."""
+def _narrow_product(out_vnd: Tensor, a_vnm: Tensor, b_vmd: Tensor, *, add: bool = False) -> None:
+    """out = a @ b, or added to it. In float32 as b.T @ a.T: BLAS is twice as fast at short rows as at columns."""
     if a_vnm.dtype == torch.float32:
-        return torch.bmm(b_vmd.transpose(1, 2), a_vnm.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(a_vnm, b_vmd)
+        out_vnd, a_vnm, b_vmd = (x.transpose(1, 2) for x in (out_vnd, b_vmd, a_vnm))
+    if add:
+        out_vnd.baddbmm_(a_vnm, b_vmd)
+    elif out_vnd.is_contiguous():
+        torch.bmm(a_vnm, b_vmd, out=out_vnd)
+    else:  # BLAS would take one matrix at a time
+        out_vnd.copy_(torch.bmm(a_vnm, b_vmd))
 
 
 def _attend(work: _Work, gather: Gather) -> Tensor:
     out_bhwc = torch.empty_like(work.query_image, memory_format=torch.contiguous_format)
-    out = work.attention.cut.windows(out_bhwc).unflatten(-1, (work.attention.num_heads, -1))
-    for rows in work.rows():
-        biases = work.biases(rows, gather)
-        for part in work.parts():
-            weights_vnm = work.weights(_read(work.q, part, rows), _read(work.k, part), biases(part))
-            _write(out, part, _narrow_product(weights_vnm, _read(work.v, part)), rows)
+    out_byxijc = work.attention.cut.windows(out_bhwc)
+    for band in work.bands():
+        q_vnd, k_vmd, v_vmd = (work.together(x, band) for x in (work.q, work.k, work.v))
+        out_vnd = _narrow_like(q_vnd)
+        for rows in work.rows():
+            biases, queries = work.biases(rows, gather), work.queries(rows)
+            for part in work.parts(band):
+                weights_vnm = work.weights(q_vnd[part.heads, queries], k_vmd[part.heads], biases(part))
+                _narrow_product(out_vnd[part.heads, queries], weights_vnm, v_vmd[part.heads])
+        work.put(out_byxijc, band, out_vnd)
     return out_bhwc
 
 
@@ -210,48 +276,80 @@ class _WindowAttention(torch.autograd.Function):
         table_pa, *images = ctx.saved_tensors
         work = _Work(ctx.attention, table_pa, tuple(images))
         grads = _Gradients(work, tuple(images), grad_bhwc)
-        grad_table_ap = torch.zeros_like(table_pa.t(), memory_format=torch.contiguous_format)
-        for rows in work.rows():
-            biases = work.biases(rows, gather_bias)
-            grad_bias_anm = grad_table_ap.new_zeros(biases(next(work.parts())).shape)[: len(grad_table_ap)]
-            for part in work.parts():
-                grad_vnm = grads.add(part, rows, biases(part))
-                for grad_anm in grad_vnm.split(len(grad_bias_anm)):
-                    grad_bias_anm += grad_anm
-            index_nm = ctx.attention.index_rows(*work.queries(rows))
-            grad_table_ap.index_add_(1, index_nm.flatten().remainder(len(table_pa)), grad_bias_anm.flatten(1))
-        return None, grad_table_ap.t(), *grads.images()
+        for band in work.bands():
+            grads.add(band)
+        return None, grads.table_ap.t(), *grads.images()
 
 
 class _Gradients:
-    """Sums up the gradients of q, k and v of one attention."""
+    """Sums up the gradients of q, k, v and the bias table of one attention."""
 
     def __init__(self, work: _Work, images: tuple[Tensor, ...], grad_bhwc: Tensor) -> None:
-        cut, heads = work.attention.cut, (work.attention.num_heads, -1)
+        cut = work.attention.cut
         self.work = work
-        self.out = cut.windows(grad_bhwc.contiguous()).unflatten(-1, heads)
-        self.keys_meet = bool(cut.rim) or work.rows_at_once < work.q.shape[3]
-        new = torch.zeros_like if self.keys_meet else torch.empty_like
+        self.out = cut.windows(grad_bhwc.contiguous())
+        new = torch.zeros_like if cut.rim else torch.empty_like
         self.targets = tuple(new(image, memory_format=torch.contiguous_format) for image in images)
         q, k, v = _query_key_value(self.targets)
         self.keys, self.key_images = (k, v), (key_image(k, cut), key_image(v, cut))
-        self.q = cut.windows(q).unflatten(-1, heads)
-        self.k, self.v = (cut.key_windows(image).unflatten(-1, heads) for image in self.key_images)
+        self.q = cut.windows(q)
+        self.k, self.v = (cut.key_windows(image) for image in self.key_images)
+        self.table_ap = torch.zeros_like(work.table_pa.t(), memory_format=torch.contiguous_format)
         self.buffer = torch.empty_like(work.buffer)
 
-    def add(self, part: _Part, rows: slice, bias_vnm: Tensor) -> Tensor:
-        """Add what the queries in `rows` of a part contribute; returns the gradient of the scores, (V, N, M)."""
-        work = self.work
-        q_vnd, k_vmd, v_vmd = _read(work.q, part, rows), _read(work.k, part), _read(work.v, part)
-        out_vnd = _read(self.out, part, rows)
-        weights_vnm = work.weights(q_vnd, k_vmd, bias_vnm)
-        _write(self.v, part, _narrow_product(weights_vnm.transpose(1, 2), out_vnd), add=self.keys_meet)
+    def add(self, band: _Band) -> None:
+        """Add what a band contributes."""
+        work, heads = self.work, self.work.attention.num_heads
+        given = [work.together(x, band) for x in (work.q, work.k, work.v, self.out)]
+        keys_meet = work.rows_at_once < work.q.shape[3]
+        made = [_narrow_like(given[0]), *(_narrow_like(x, zeros=keys_meet) for x in given[1:3])]
+        for rows in work.rows():
+            biases, queries = work.biases(rows, gather_bias), work.queries(rows)
+            grad_bias_anm = self.table_ap.new_zeros(heads, queries.stop - queries.start, work.num_keys)
+            for part in work.parts(band):
+                grad_vnm = self._add_part(part, queries, biases(part), given, made, keys_meet)
+                for grad_anm in grad_vnm.split(heads):
+                    grad_bias_anm += grad_anm
+            index_nm = work.attention.index_rows(queries.start, queries.stop)
+            index = index_nm.flatten().remainder(len(work.table_pa))
+            self.table_ap.index_add_(1, index, grad_bias_anm.flatten(1))
+        work.put(self.q, band, made[0], work.scale)
+        self._put_keys(self.k, band, made[1], work.scale)
+        self._put_keys(self.v, band, made[2], 1)
+
+    def _add_part(
+        self,
+        part: _Part,
+        queries: slice,
+        bias_vnm: Tensor,
+        given: list[Tensor],
+        made: list[Tensor],
+        keys_meet: bool,
+    ) -> Tensor:
+        """Add what some queries of a part contribute; returns the gradient of the scores, (V, N, M)."""
+        here = part.heads
+        q_vnd, k_vmd, v_vmd, out_vnd = given[0][here, queries], given[1][here], given[2][here], given[3][here, queries]
+        weights_vnm = self.work.weights(q_vnd, k_vmd, bias_vnm)
+        _narrow_product(made[2][here], weights_vnm.transpose(1, 2), out_vnd, add=keys_meet)
         grad_vnm = self.buffer[: bias_vnm.numel()].view_as(bias_vnm)
         torch.bmm(out_vnd, v_vmd.transpose(1, 2), out=grad_vnm)
         torch.ops.aten._softmax_backward_data.out(grad_vnm, weights_vnm, -1, grad_vnm.dtype, grad_input=grad_vnm)
-        _write(self.q, part, _narrow_product(grad_vnm, k_vmd) * work.scale, rows)
-        _write(self.k, part, _narrow_product(grad_vnm.transpose(1, 2), q_vnd) * work.scale, add=self.keys_meet)
+        _narrow_product(made[0][here, queries], grad_vnm, k_vmd)
+        _narrow_product(made[1][here], grad_vnm.transpose(1, 2), q_vnd, add=keys_meet)
         return grad_vnm
+
+    def _put_keys(self, windows_byxijc: Tensor, band: _Band, x_vmd: Tensor, scale: float) -> None:
+        """Write a band of keys or values where windows do not overlap, else add it there."""
+        cut = self.work.attention.cut
+        if not cut.rim:
+            self.work.put(windows_byxijc, band, x_vmd, scale)
+            return
+        place = windows_byxijc[band.images, band.rows].unflatten(-1, (self.work.attention.num_heads, -1))
+        x_byxijad = self.work.apart(x_vmd, windows_byxijc, band)
+        side = windows_byxijc.shape[3]
+        apart = -(-side // (side - 2 * cut.rim))  # windows so far from each other share no pixel
+        for y, x in itertools.product(range(apart), repeat=2):
+            place[:, y::apart, x::apart].add_(x_byxijad[:, y::apart, x::apart], alpha=scale)
 
     def images(self) -> tuple[Tensor, ...]:
         """The gradients in the shape of the images."""

@@ -1,5 +1,6 @@
 """Real servers for the integration tests, as processes of this machine: a Ray cluster of several nodes, MLflow."""
 
+import json
 import os
 import shutil
 import signal
@@ -186,13 +187,16 @@ def ray_cluster(folder: Path, cpus: tuple[int, ...] = (1, 1)) -> Iterator[RayClu
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def submission(cluster: RayCluster, *arguments: str, env: dict[str, str]) -> list[str]:
+    """The command `ray job submit` of pipeline/pretrain.py, which uploads the project's folder."""
+    command = [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT)]
+    command += ["--runtime-env-json", json.dumps({"env_vars": env})]
+    return [*command, "--", "python", "pipeline/pretrain.py", *arguments]
+
+
 def submit(cluster: RayCluster, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """`ray job submit` of pipeline/pretrain.py from the project's folder; waits and gives the job's output."""
-    import json
-
-    runtime = json.dumps({"env_vars": env})
-    command = [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT)]
-    command += ["--runtime-env-json", runtime, "--", "python", "pipeline/pretrain.py", *arguments]
+    command = submission(cluster, *arguments, env=env)
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=900)

@@ -98,7 +98,8 @@ def test_any_size_of_the_buffer_gives_the_same(name: str, budget: int, monkeypat
     """From one row of queries at a time to several windows at a time, in float32, whose products are transposed."""
     attention, num_rows, num_images = case(name, (12, 16))
     leaves = tensors(num_rows, num_images, (12, 16), torch.float32)
-    monkeypatch.setattr(model.window_kernel, "SCORES_BYTES", budget)
+    for limit in ("SCORES_BYTES", "BAND_BYTES"):
+        monkeypatch.setattr(model.window_kernel, limit, budget)
     assert torch.allclose(window_attention(attention, *leaves), direct(attention, *leaves), atol=1e-5)
     pairs = zip(gradients(window_attention, attention, leaves), gradients(direct, attention, leaves), strict=True)
     assert all(torch.allclose(ours, expected, atol=1e-4) for ours, expected in pairs)
