@@ -5,6 +5,7 @@ n queries of a window, m keys a window sees, a attention heads, d channels of a 
 g kinds of mask. Images are (B, H, W, C), cut into (B, Y, X, A, N, D) here.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -28,15 +29,23 @@ def attend_image(attention: Attention, table_pa: Tensor, *images_bhwc: Tensor) -
     channels or one image for each. On the CPU scores are never kept (`model.window_kernel`); elsewhere, and
     where the network is compiled, PyTorch's fused attention does it; exports take `model.plain_attention`.
     """
-    if torch.compiler.is_exporting():
-        return plain_attention(attention, table_pa, *images_bhwc)
     if images_bhwc[0].device.type == "cpu" and not is_traced():
         return window_attention(attention, table_pa, *images_bhwc)
-    return fused_attention(attention, table_pa, *images_bhwc)
+    way = plain_attention if torch.compiler.is_exporting() else fused_attention
+    return rolled(way, attention, table_pa, *images_bhwc)
+
+
+def rolled(way: Callable[..., Tensor], attention: Attention, table_pa: Tensor, *images_bhwc: Tensor) -> Tensor:
+    """`way(attention, table, ...)` of images that are rolled by the attention's shift and back."""
+    shift = attention.shift
+    if not shift:
+        return way(attention, table_pa, *images_bhwc)
+    shifted = (image_bhwc.roll((-shift, -shift), (1, 2)) for image_bhwc in images_bhwc)
+    return way(attention, table_pa, *shifted).roll((shift, shift), (1, 2))
 
 
 def fused_attention(attention: Attention, table_pa: Tensor, *images_bhwc: Tensor) -> Tensor:
-    """As `attend_image`, by `scaled_dot_product_attention`, whose CUDA kernels keep no scores either."""
+    """As `attend_image` without a shift, by `scaled_dot_product_attention`: its CUDA kernels keep no scores either."""
     multiple = 1 if images_bhwc[0].device.type == "cpu" else HEAD_MULTIPLE
     return filled_attention(multiple, attention, table_pa, *images_bhwc)
 
@@ -109,9 +118,10 @@ SideCut = TypeVar("SideCut", Squares, Runs)
 class WindowScores(nn.Module, Generic[SideCut]):
     """Multi-head attention inside windows with a learned relative position bias, of given q, k and v."""
 
-    def __init__(self, dim: int, num_heads: int, cut: SideCut) -> None:
+    def __init__(self, dim: int, num_heads: int, cut: SideCut, shift: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.shift = shift
         self.cut: SideCut = cut
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * cut.side - 1) ** 2, num_heads))
         self.proj = Linear(dim, dim)
@@ -119,15 +129,15 @@ class WindowScores(nn.Module, Generic[SideCut]):
 
     def forward(self, qkv_bhwc: Tensor, index_nn: Tensor, masks_gnn: Tensor | None = None) -> Tensor:
         """(B, H, W, 3 C) -> (B, H, W, C); `masks_gnn` (see `shift_masks`): of a shifted image."""
-        attention = Attention(self.cut, self.num_heads, partial(rows_of, index_nn), masks_gnn)
+        attention = Attention(self.cut, self.num_heads, partial(rows_of, index_nn), masks_gnn, self.shift)
         return self.proj(attend_image(attention, self.relative_position_bias_table, qkv_bhwc))
 
 
 class WindowAttention(WindowScores[Squares]):
     """`WindowScores` with the projection to q, k and v."""
 
-    def __init__(self, dim: int, window_size: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads, Squares(window_size))
+    def __init__(self, dim: int, window_size: int, num_heads: int, shift: int = 0) -> None:
+        super().__init__(dim, num_heads, Squares(window_size), shift)
         self.qkv = Linear(dim, 3 * dim)
 
     def forward(

@@ -60,7 +60,7 @@ class HybridAttentionBlock(nn.Module):
         self.shift = shift
         self.conv_scale = config.conv_scale
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, config.window_size, num_heads)
+        self.attn = WindowAttention(dim, config.window_size, num_heads, shift)
         self.conv_block = ChannelAttentionBlock(dim, config.compress_ratio, config.squeeze_factor)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(dim)
@@ -70,23 +70,14 @@ class HybridAttentionBlock(nn.Module):
         """(B, H, W, C) -> same; the index and masks come from the network, which holds them once."""
         normed_bhwc = in_compute_dtype(self.norm1(x_bhwc))
         conv_bchw, gate_bc11 = self.conv_block(_channels_first(normed_bhwc), Remake(x_bhwc, self._normed_bchw))
-        attended_bhwc = self._attended(normed_bhwc, x_bhwc, index_nn, masks_gnn)
+        masks = masks_gnn if self.shift else None
+        attended_bhwc = self.attn(normed_bhwc, index_nn, masks, Remake(x_bhwc, self.norm1))
         conv_bhwc = _channels_last(conv_bchw) * _channels_last(gate_bc11 * self.conv_scale)
         x_bhwc = add(x_bhwc, self.drop_path(attended_bhwc, 0), conv_bhwc)
         return add(x_bhwc, self.drop_path(self.mlp(self.norm2(x_bhwc), Remake(x_bhwc, self.norm2)), 1))
 
-    def _attended(self, normed_bhwc: Tensor, x_bhwc: Tensor, index_nn: Tensor, masks_gnn: Tensor) -> Tensor:
-        if not self.shift:
-            return self.attn(normed_bhwc, index_nn, remake=Remake(x_bhwc, self.norm1))
-        shifted_bhwc = normed_bhwc.roll((-self.shift, -self.shift), (1, 2))
-        attended_bhwc = self.attn(shifted_bhwc, index_nn, masks_gnn, Remake(x_bhwc, self._shifted_bhwc))
-        return attended_bhwc.roll((self.shift, self.shift), (1, 2))
-
     def _normed_bchw(self, x_bhwc: Tensor) -> Tensor:
         return _channels_first(self.norm1(x_bhwc))
-
-    def _shifted_bhwc(self, x_bhwc: Tensor) -> Tensor:
-        return self.norm1(x_bhwc).roll((-self.shift, -self.shift), (1, 2))
 
 
 def _channels_first(x_bhwc: Tensor) -> Tensor:

@@ -107,23 +107,17 @@ class FusedAttentionBlock(nn.Module):
         self.shift = shift
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = Linear(dim, 3 * dim)
-        self.attn = WindowScores(dim, num_heads, Squares(config.window_size))
+        self.attn = WindowScores(dim, num_heads, Squares(config.window_size), shift)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, config.mlp_dim)
 
     def forward(self, x_bhwc: Tensor, index_nn: Tensor, masks_gnn: Tensor) -> Tensor:
         """(B, H, W, C) -> same; the index and masks come from the network, which holds them once."""
-        qkv_bhwc = self.qkv(self._shifted_bhwc(x_bhwc), Remake(x_bhwc, self._shifted_bhwc))
+        qkv_bhwc = self.qkv(self.norm1(x_bhwc), Remake(x_bhwc, self.norm1))
         attended_bhwc = self.attn(qkv_bhwc, index_nn, masks_gnn if self.shift else None)
-        if self.shift:
-            attended_bhwc = attended_bhwc.roll((self.shift, self.shift), (1, 2))
         x_bhwc = add(x_bhwc, self.drop_path(attended_bhwc, 0))
         return add(x_bhwc, self.drop_path(self.mlp(self.norm2(x_bhwc), Remake(x_bhwc, self.norm2)), 1))
-
-    def _shifted_bhwc(self, x_bhwc: Tensor) -> Tensor:
-        normed_bhwc = self.norm1(x_bhwc)
-        return normed_bhwc.roll((-self.shift, -self.shift), (1, 2)) if self.shift else normed_bhwc
 
 
 class PositionBias(nn.Module):

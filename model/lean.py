@@ -71,8 +71,10 @@ class Conv2d(nn.Conv2d):
 
 def add(x: Tensor, *branches: Tensor) -> Tensor:
     """The sum in the dtype of x. Casts come first: adding tensors of two dtypes takes twice as long on CPUs."""
-    for branch in branches:
-        x = x + branch.to(x.dtype)
+    first, *others = (branch.to(x.dtype) for branch in branches)
+    x = x + first
+    for branch in others:
+        x += branch  # of a sum nothing is kept for the backward pass
     return x
 
 

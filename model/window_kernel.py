@@ -11,6 +11,8 @@ heads, g kinds of mask.
 """
 
 import itertools
+import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +28,8 @@ SCORES_BYTES = 2**21
 """Size of the buffer of scores, about: it shall stay in the processor's cache."""
 BAND_BYTES = 2**25
 """Of queries, keys and values about so much is brought into the order of windows at a time."""
+KEPT_BYTES = BAND_BYTES
+"""Larger rooms are given back (see `room`)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Attention:
     """(first query, last query + 1) -> (N, M) int64: the bias table's row for each pair."""
     masks_gnm: Tensor | None = None
     """Added to the scores of shifted windows (see `shift_masks`): last row, last column, corner."""
+    shift: int = 0
+    """Pixels by which the image is rolled up and left before it is cut into squares without a rim, and back after."""
 
 
 def window_attention(attention: Attention, table_pa: Tensor, *images_bhwc: Tensor) -> Tensor:
@@ -68,15 +74,54 @@ class _Part(NamedTuple):
     """Of each window."""
 
 
+class _Windows:
+    """An image as windows, which are views of its memory; where it is shifted, in pieces."""
+
+    def __init__(self, image_bhwc: Tensor, windows_byxijc: Tensor, shift: int) -> None:
+        self.image = image_bhwc
+        self.all = windows_byxijc
+        self.shift = shift
+
+    def pieces(self, band: _Band) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        """(which windows of a band and pixels of these, along b, y, x, i and j; a view of them, (B, Y, X, I, J, C))."""
+        if not self.shift:
+            yield (slice(None),) * 5, self.all[band.images, band.rows]
+            return
+        rows, columns, side = self.all.shape[1:4]
+        down = _shifted(slice(0, columns), columns, side, self.shift)
+        for (x, j, w), (y, i, h) in itertools.product(down, _shifted(band.rows, rows, side, self.shift)):
+            x_byiwc = self.image[band.images, h, w].unflatten(1, (-1, i.stop - i.start))
+            x_byixjc = x_byiwc.unflatten(3, (-1, j.stop - j.start))
+            yield (slice(None), y, x, i, j), x_byixjc.permute(0, 1, 3, 2, 4, 5)
+
+
+def _shifted(some: slice, count: int, side: int, shift: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Where some of `count` windows of an axis lie in the image that was not shifted.
+
+    Yields (which of these windows, which of their pixels, these pixels in the image). The last window comes in two
+    pieces: it holds the image's end and its beginning.
+    """
+    whole = min(some.stop, count - 1) - some.start
+    if whole > 0:
+        start = shift + some.start * side
+        yield slice(0, whole), slice(0, side), slice(start, start + whole * side)
+    if some.stop == count:
+        last = slice(whole, whole + 1)
+        yield last, slice(0, side - shift), slice(count * side - side + shift, count * side)
+        yield last, slice(side - shift, side), slice(0, shift)
+
+
 class _Work:
     """The tensors of one attention as windows, and the order in which they are worked on."""
 
     def __init__(self, attention: Attention, table_pa: Tensor, images: tuple[Tensor, ...]) -> None:
         self.attention, self.table_pa = attention, table_pa
-        cut, q = attention.cut, _query_key_value(images)[0]
-        self.query_image = q
-        self.q = cut.windows(q)
-        self.k, self.v = (cut.key_windows(key_image(x, cut)) for x in _query_key_value(images)[1:])
+        q, k, v = _query_key_value(images)
+        cut = attention.cut
+        self.query_image, self.q = q, cut.windows(q)
+        self.k = cut.key_windows(key_image(k, cut))
+        keys = [_Windows(x, cut.key_windows(x), attention.shift) for x in (key_image(k, cut), key_image(v, cut))]
+        self.given = {"q": _Windows(q, self.q, attention.shift), "k": keys[0], "v": keys[1]}
         self.scale = (self.q.shape[-1] // attention.num_heads) ** -0.5
         self.num_keys = self.k.shape[3] * self.k.shape[4]
         scores_per_row = attention.num_heads * self.q.shape[4] * self.num_keys
@@ -86,7 +131,7 @@ class _Work:
         self.rows_at_once = -(-num_rows // shares)
         windows = scores // (scores_per_row * self.rows_at_once)
         self.windows_at_once = max(1, min(windows, self.q.shape[:3].numel()))
-        self.buffer = q.new_empty(self.windows_at_once * self.rows_at_once * scores_per_row)
+        self.buffer = room("scores", (self.windows_at_once * self.rows_at_once * scores_per_row,), q.dtype)
 
     def bands(self) -> Iterator[_Band]:
         """All windows, about BAND_BYTES at a time."""
@@ -129,23 +174,31 @@ class _Work:
         in_last = (row == self.q.shape[1] - 1, column == self.q.shape[2] - 1)
         return {(False, False): None, (True, False): 0, (False, True): 1, (True, True): 2}[in_last]
 
-    def together(self, windows_byxijc: Tensor, band: _Band) -> Tensor:
-        """(V, N, D): a copy of a band in the order of its windows and heads."""
-        x_byxijad = windows_byxijc[band.images, band.rows].unflatten(-1, (self.attention.num_heads, -1))
-        x_byxaijd = x_byxijad.permute(0, 1, 2, 5, 3, 4, 6)
-        return x_byxaijd.reshape(-1, x_byxijad.shape[3] * x_byxijad.shape[4], x_byxijad.shape[6])
+    def together(self, name: str, windows: _Windows, band: _Band) -> Tensor:
+        """(V, N, D): a copy of a band in the order of its windows and heads, in the room of this name."""
+        batch, rows, columns, i, j, channels = windows.all[band.images, band.rows].shape
+        heads = self.attention.num_heads
+        x_byxaijd = room(name, (batch, rows, columns, heads, i, j, channels // heads), windows.all.dtype)
+        for index, piece_byxijc in windows.pieces(band):
+            piece_byxijad = piece_byxijc.unflatten(-1, (heads, -1))
+            x_byxaijd[(*index[:3], slice(None), *index[3:])] = piece_byxijad.permute(0, 1, 2, 5, 3, 4, 6)
+        return x_byxaijd.flatten(0, 3).flatten(1, 2)
 
-    def apart(self, x_vnd: Tensor, windows_byxijc: Tensor, band: _Band) -> Tensor:
-        """What `together` brought together, as (B, Y, X, I, J, A, D) again; (B, Y, X, I, J, C) tells the sizes."""
-        batch, rows, columns, i, j, _ = windows_byxijc[band.images, band.rows].shape
+    def apart(self, x_vnd: Tensor, windows: _Windows, band: _Band) -> Tensor:
+        """What `together` brought together, as (B, Y, X, I, J, A, D) again."""
+        batch, rows, columns, i, j, _ = windows.all[band.images, band.rows].shape
         x_byxaijd = x_vnd.unflatten(1, (i, j)).unflatten(0, (batch, rows, columns, self.attention.num_heads))
         return x_byxaijd.permute(0, 1, 2, 4, 5, 3, 6)
 
-    def put(self, windows_byxijc: Tensor, band: _Band, x_vnd: Tensor, scale: float = 1) -> None:
+    def put(self, windows: _Windows, band: _Band, x_vnd: Tensor, scale: float = 1) -> None:
         """Write `scale` times what `together` would read."""
-        place_byxijad = windows_byxijc[band.images, band.rows].unflatten(-1, (self.attention.num_heads, -1))
-        x_byxijad = self.apart(x_vnd, windows_byxijc, band)
-        place_byxijad.copy_(x_byxijad) if scale == 1 else torch.mul(x_byxijad, scale, out=place_byxijad)
+        x_byxijad = self.apart(x_vnd, windows, band)
+        for index, piece_byxijc in windows.pieces(band):
+            place_byxijad = piece_byxijc.unflatten(-1, (self.attention.num_heads, -1))
+            if scale == 1:
+                place_byxijad.copy_(x_byxijad[index])
+            else:
+                torch.mul(x_byxijad[index], scale, out=place_byxijad)
 
     def queries(self, rows: slice) -> slice:
         """The queries of some rows of a window."""
@@ -157,18 +210,25 @@ class _Work:
         queries = self.queries(rows)
         index_nm = self.attention.index_rows(queries.start, queries.stop)
         bias_anm = gather(self.table_pa, index_nm, self.q.dtype)
-        plain_vnm = bias_anm.repeat(self.windows_at_once, 1, 1)
+        plain_vnm = bias_anm if self.windows_at_once == 1 else bias_anm.repeat(self.windows_at_once, 1, 1)
         made: dict[tuple[int | None, ...], Tensor] = {}
 
-        def masked(mask: int | None) -> Tensor:
-            masks_gnm = self.attention.masks_gnm
-            return bias_anm if mask is None or masks_gnm is None else bias_anm + masks_gnm[mask, queries].to(bias_anm)
+        masks_gnm = self.attention.masks_gnm
+
+        def masked(masks: tuple[int | None, ...]) -> Tensor:
+            made = room(f"bias {masks}", (len(masks), *bias_anm.shape), bias_anm.dtype)
+            for mask, place_anm in zip(masks, made, strict=True):
+                if mask is None or masks_gnm is None:
+                    place_anm.copy_(bias_anm)
+                else:
+                    torch.add(bias_anm, masks_gnm[mask, queries].to(bias_anm.dtype), out=place_anm)
+            return made.flatten(0, 1)
 
         def of(part: _Part) -> Tensor:
             if set(part.masks) == {None}:
                 return plain_vnm[: len(part.masks) * self.attention.num_heads]
             if part.masks not in made:
-                made[part.masks] = torch.cat([masked(mask) for mask in part.masks])
+                made[part.masks] = masked(part.masks)
             return made[part.masks]
 
         return of
@@ -178,6 +238,31 @@ class _Work:
         scores_vnm = self.buffer[: bias_vnm.numel()].view_as(bias_vnm)
         torch.baddbmm(bias_vnm, q_vnd, k_vmd.transpose(1, 2), alpha=self.scale, out=scores_vnm)
         return torch.softmax(scores_vnm, -1, out=scores_vnm)
+
+
+class _Rooms(threading.local):
+    """See `room`."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_ROOMS = _Rooms()
+
+
+def room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for what one call writes and reads again: kept, since fresh memory costs as much time as a copy.
+
+    Of a name every thread has one room per dtype, as large as was ever needed, up to KEPT_BYTES; what lies in it is
+    not defined.
+    """
+    size, rooms = math.prod(shape), _ROOMS.by_name
+    if size * dtype.itemsize > KEPT_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    if (name, dtype) not in rooms or len(rooms[name, dtype]) < size:
+        with torch.inference_mode(False):  # else it could not be used in training later
+            rooms[name, dtype] = torch.empty(size, dtype=dtype)
+    return rooms[name, dtype][:size].view(shape)
 
 
 def _slices(count: int, at_once: int) -> Iterator[slice]:
@@ -193,6 +278,7 @@ Gather = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 def gather_bias(table_pa: Tensor, index_nm: Tensor, dtype: torch.dtype) -> Tensor:
     """(A, N, M): the bias of each head and pair; negative rows count from the table's end."""
     rows = index_nm.flatten().remainder(len(table_pa))
+    # cast last: rows of bf16 are slow to select
     return table_pa.t().contiguous().index_select(1, rows).to(dtype).unflatten(1, index_nm.shape)
 
 
@@ -227,13 +313,11 @@ def _query_key_value(images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return images[0].chunk(3, dim=-1) if len(images) == 1 else images
 
 
-def _narrow_like(x_vnd: Tensor, *, zeros: bool = False) -> Tensor:
-    """Room for a result of `_narrow_product`, (V, N, D)."""
+def _narrow_room(name: str, x_vnd: Tensor) -> Tensor:
+    """Room for a result of `_narrow_product` as large as x, (V, N, D)."""
     if x_vnd.dtype == torch.float32:
-        x_vnd = x_vnd.transpose(1, 2)
-    new = torch.zeros_like if zeros else torch.empty_like
-    room = new(x_vnd, memory_format=torch.contiguous_format)
-    return room.transpose(1, 2) if x_vnd.dtype == torch.float32 else room
+        return room(name, x_vnd.transpose(1, 2).shape, x_vnd.dtype).transpose(1, 2)
+    return room(name, x_vnd.shape, x_vnd.dtype)
 
 
 def _narrow_product(out_vnd: Tensor, a_vnm: Tensor, b_vmd: Tensor, *, add: bool = False) -> None:
@@ -250,16 +334,16 @@ def _narrow_product(out_vnd: Tensor, a_vnm: Tensor, b_vmd: Tensor, *, add: bool 
 
 def _attend(work: _Work, gather: Gather) -> Tensor:
     out_bhwc = torch.empty_like(work.query_image, memory_format=torch.contiguous_format)
-    out_byxijc = work.attention.cut.windows(out_bhwc)
+    out = _Windows(out_bhwc, work.attention.cut.windows(out_bhwc), work.attention.shift)
     for band in work.bands():
-        q_vnd, k_vmd, v_vmd = (work.together(x, band) for x in (work.q, work.k, work.v))
-        out_vnd = _narrow_like(q_vnd)
+        q_vnd, k_vmd, v_vmd = (work.together(name, windows, band) for name, windows in work.given.items())
+        out_vnd = _narrow_room("out", q_vnd)
         for rows in work.rows():
             biases, queries = work.biases(rows, gather), work.queries(rows)
             for part in work.parts(band):
                 weights_vnm = work.weights(q_vnd[part.heads, queries], k_vmd[part.heads], biases(part))
                 _narrow_product(out_vnd[part.heads, queries], weights_vnm, v_vmd[part.heads])
-        work.put(out_byxijc, band, out_vnd)
+        work.put(out, band, out_vnd)
     return out_bhwc
 
 
@@ -285,24 +369,28 @@ class _Gradients:
     """Sums up the gradients of q, k, v and the bias table of one attention."""
 
     def __init__(self, work: _Work, images: tuple[Tensor, ...], grad_bhwc: Tensor) -> None:
-        cut = work.attention.cut
+        cut, shift = work.attention.cut, work.attention.shift
         self.work = work
-        self.out = cut.windows(grad_bhwc.contiguous())
+        grad_bhwc = grad_bhwc.contiguous()
+        self.given = work.given | {"out": _Windows(grad_bhwc, cut.windows(grad_bhwc), shift)}
         new = torch.zeros_like if cut.rim else torch.empty_like
         self.targets = tuple(new(image, memory_format=torch.contiguous_format) for image in images)
         q, k, v = _query_key_value(self.targets)
         self.keys, self.key_images = (k, v), (key_image(k, cut), key_image(v, cut))
-        self.q = cut.windows(q)
-        self.k, self.v = (cut.key_windows(image) for image in self.key_images)
+        self.q = _Windows(q, cut.windows(q), shift)
+        self.k, self.v = (_Windows(image, cut.key_windows(image), shift) for image in self.key_images)
         self.table_ap = torch.zeros_like(work.table_pa.t(), memory_format=torch.contiguous_format)
-        self.buffer = torch.empty_like(work.buffer)
+        self.buffer = room("score gradients", work.buffer.shape, work.buffer.dtype)
 
     def add(self, band: _Band) -> None:
         """Add what a band contributes."""
         work, heads = self.work, self.work.attention.num_heads
-        given = [work.together(x, band) for x in (work.q, work.k, work.v, self.out)]
+        given = [work.together(name, windows, band) for name, windows in self.given.items()]
         keys_meet = work.rows_at_once < work.q.shape[3]
-        made = [_narrow_like(given[0]), *(_narrow_like(x, zeros=keys_meet) for x in given[1:3])]
+        made = [_narrow_room(f"{name} gradients", x) for name, x in zip(work.given, given[:3], strict=True)]
+        if keys_meet:
+            for keys in made[1:]:
+                keys.zero_()
         for rows in work.rows():
             biases, queries = work.biases(rows, gather_bias), work.queries(rows)
             grad_bias_anm = self.table_ap.new_zeros(heads, queries.stop - queries.start, work.num_keys)
@@ -338,15 +426,15 @@ class _Gradients:
         _narrow_product(made[1][here], grad_vnm.transpose(1, 2), q_vnd, add=keys_meet)
         return grad_vnm
 
-    def _put_keys(self, windows_byxijc: Tensor, band: _Band, x_vmd: Tensor, scale: float) -> None:
+    def _put_keys(self, windows: _Windows, band: _Band, x_vmd: Tensor, scale: float) -> None:
         """Write a band of keys or values where windows do not overlap, else add it there."""
         cut = self.work.attention.cut
         if not cut.rim:
-            self.work.put(windows_byxijc, band, x_vmd, scale)
+            self.work.put(windows, band, x_vmd, scale)
             return
-        place = windows_byxijc[band.images, band.rows].unflatten(-1, (self.work.attention.num_heads, -1))
-        x_byxijad = self.work.apart(x_vmd, windows_byxijc, band)
-        side = windows_byxijc.shape[3]
+        place = windows.all[band.images, band.rows].unflatten(-1, (self.work.attention.num_heads, -1))
+        x_byxijad = self.work.apart(x_vmd, windows, band)
+        side = windows.all.shape[3]
         apart = -(-side // (side - 2 * cut.rim))  # windows so far from each other share no pixel
         for y, x in itertools.product(range(apart), repeat=2):
             place[:, y::apart, x::apart].add_(x_byxijad[:, y::apart, x::apart], alpha=scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import model.window_kernel
-from model.attention import HEAD_MULTIPLE, attend_image, filled_attention, fused_attention, rows_of
+from model.attention import HEAD_MULTIPLE, attend_image, filled_attention, fused_attention, rolled, rows_of
 from model.window_kernel import Attention, gather_bias, window_attention
 from model.windows import Cut, Grids, Runs, Squares, grid_rows, key_image, overlap_index, shift_masks, window_index
 from tests.bench.measure import saved_bytes
@@ -17,14 +17,16 @@ from tests.bench.measure import saved_bytes
 HEADS, DIM = 2, 6
 WAYS = {
     "window by window": window_attention,
-    "fused": fused_attention,
-    "fused as on CUDA": partial(filled_attention, HEAD_MULTIPLE),
+    "fused": partial(rolled, fused_attention),
+    "fused as on CUDA": partial(rolled, partial(filled_attention, HEAD_MULTIPLE)),
     "chosen by device": attend_image,
 }
 
 
 def direct(attention: Attention, table: Tensor, *images: Tensor) -> Tensor:
     """Window by window and head by head, with a mask per window made from pixel positions."""
+    shift = attention.shift
+    images = tuple(image.roll((-shift, -shift), (1, 2)) for image in images)
     q, k, v = images[0].chunk(3, dim=-1) if len(images) == 1 else images
     cut = attention.cut
     q6, k6, v6 = cut.windows(q), cut.key_windows(key_image(k, cut)), cut.key_windows(key_image(v, cut))
@@ -40,7 +42,7 @@ def direct(attention: Attention, table: Tensor, *images: Tensor) -> Tensor:
                 scores = scores + mask_of(y == rows - 1, x == columns - 1, attention.masks_gnm).to(scores)
             channels = slice(head * v_md.shape[1], (head + 1) * v_md.shape[1])
             out[b, y, x, ..., channels] = (scores.softmax(-1) @ v_md).unflatten(0, (side_i, side_j))
-    return cut.join(out)
+    return cut.join(out).roll((shift, shift), (1, 2))
 
 
 def mask_of(last_row: bool, last_column: bool, masks: Tensor) -> Tensor:
@@ -61,10 +63,19 @@ def case(name: str, size: tuple[int, int]) -> tuple[Attention, int, int]:
         return Attention(Grids(4), HEADS, rows), (2 * height - 1) * (2 * width - 1), 3
     cut: Cut = Runs(4) if name == "masked runs" else Squares(4)
     masks = None if name == "squares" else shift_masks(4).double()
-    return Attention(cut, HEADS, partial(rows_of, window_index(4)), masks), table_side**2, 1
+    shift = {"shifted squares": 2, "oddly shifted squares": 1}.get(name, 0)
+    return Attention(cut, HEADS, partial(rows_of, window_index(4)), masks, shift), table_side**2, 1
 
 
-CASES = ("squares", "masked squares", "masked runs", "overlapping squares", "grids")
+CASES = (
+    "squares",
+    "masked squares",
+    "shifted squares",
+    "oddly shifted squares",
+    "masked runs",
+    "overlapping squares",
+    "grids",
+)
 SIZES = ((4, 4), (4, 8), (8, 4), (8, 12), (12, 16))
 
 
@@ -98,7 +109,7 @@ def test_any_size_of_the_buffer_gives_the_same(name: str, budget: int, monkeypat
     """From one row of queries at a time to several windows at a time, in float32, whose products are transposed."""
     attention, num_rows, num_images = case(name, (12, 16))
     leaves = tensors(num_rows, num_images, (12, 16), torch.float32)
-    for limit in ("SCORES_BYTES", "BAND_BYTES"):
+    for limit in ("SCORES_BYTES", "BAND_BYTES", "KEPT_BYTES"):
         monkeypatch.setattr(model.window_kernel, limit, budget)
     assert torch.allclose(window_attention(attention, *leaves), direct(attention, *leaves), atol=1e-5)
     pairs = zip(gradients(window_attention, attention, leaves), gradients(direct, attention, leaves), strict=True)
@@ -137,6 +148,14 @@ def test_frozen_tables_and_images_get_no_gradient() -> None:
     window_attention(attention, table.detach(), image).sum().backward()
     assert image.grad is not None
     assert table.grad is None
+
+
+def test_what_inference_leaves_behind_serves_training() -> None:
+    attention, num_rows, num_images = case("shifted squares", (8, 12))
+    leaves = tensors(num_rows, num_images, (8, 12), torch.float32)
+    with torch.inference_mode():
+        window_attention(attention, *leaves)
+    gradients(window_attention, attention, leaves)
 
 
 def test_gathered_bias_counts_negative_rows_from_the_end() -> None:
