@@ -79,13 +79,17 @@ def add(x: Tensor, *branches: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, remake: Remake | None = None) -> Tensor:
-    """GELU (exact, by the error function)."""
-    return F.gelu(x) if remake is None or is_traced() else _Gelu.apply(x, *remake)
+    """GELU (exact, by the error function). `remake` gives x away: without gradients it is overwritten."""
+    if remake is None or is_traced():
+        return F.gelu(x)
+    return _Gelu.apply(x, *remake) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x)
 
 
 def scale(x: Tensor, gate: Tensor, remake: Remake | None = None) -> Tensor:
-    """x * gate, the latter of size 1 along some axes."""
-    return x * gate if remake is None or is_traced() else _Scale.apply(x, gate, *remake)
+    """x * gate, the latter of size 1 along some axes. `remake` as in `gelu`."""
+    if remake is None or is_traced():
+        return x * gate
+    return _Scale.apply(x, gate, *remake) if torch.is_grad_enabled() else x.mul_(gate)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
