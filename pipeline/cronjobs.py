@@ -1,6 +1,7 @@
 """Manifests that retrain a domain on a schedule, made from the domain's YAML; nothing here talks to a cluster.
 
-cronjob: a Kubernetes CronJob that makes a KubeRay RayJob and waits for its end, so that `Forbid` means something.
+cronjob: a Kubernetes CronJob that makes a KubeRay RayJob and waits for its end, so that `Forbid` means something, and
+fails where the RayJob did.
 raycronjob: KubeRay's own RayCronJob, alpha since KubeRay 1.6 and off unless its feature gate is on; it has no
 concurrency policy, two at once are sorted out by the domain's lock in the storage.
 cron: a line for crontab that submits to a running Ray cluster.
@@ -93,10 +94,14 @@ def cronjob(domain: DomainConfig) -> list[Manifest]:
 
 
 def _kubectl_pod(domain: DomainConfig) -> Manifest:
-    """Delete the last RayJob, make the next one, wait until it has ended; the image has no shell."""
+    """Delete the last RayJob, make the next one, wait until it has ended, see that it succeeded.
+
+    Each step is a container, since the image has no shell; the pod fails with the first that fails.
+    """
     name = _name(domain)
     mount = {"name": "manifest", "mountPath": _MANIFEST_DIR, "readOnly": True}
     wait = ["wait", f"rayjob/{name}", "--for=jsonpath={.status.endTime}", f"--timeout={domain.schedule.deadline_s}s"]
+    check = ["wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=0s"]  # looks once
 
     def kubectl(step: str, *arguments: str) -> Manifest:
         return {
@@ -113,8 +118,9 @@ def _kubectl_pod(domain: DomainConfig) -> Manifest:
         "initContainers": [
             kubectl("delete-last", "delete", "rayjob", name, "--ignore-not-found", "--wait"),
             kubectl("create", "create", "-f", f"{_MANIFEST_DIR}/rayjob.yaml"),
+            kubectl("wait", *wait),
         ],
-        "containers": [kubectl("wait", *wait)],
+        "containers": [kubectl("succeeded", *check)],
         "volumes": [{"name": "manifest", "configMap": {"name": name}}],
     }
 

@@ -31,6 +31,12 @@ def manifests(kind: cronjobs.Kind, *overrides: str) -> dict[str, Any]:
     return {manifest["kind"]: manifest for manifest in found}
 
 
+def steps(found: dict[str, Any]) -> dict[str, list[str]]:
+    """What the CronJob's pod does, in order: name -> kubectl's arguments."""
+    pod = found["CronJob"]["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    return {step["name"]: step["args"] for step in [*pod["initContainers"], *pod["containers"]]}
+
+
 def check_ray_job(spec: dict[str, Any]) -> None:
     assert set(spec) <= RAY_JOB_FIELDS
     cluster = spec["rayClusterSpec"]
@@ -55,9 +61,15 @@ def test_the_cronjob_is_valid_forbids_two_at_once_and_keeps_little(overrides: tu
     assert (ray_job["apiVersion"], ray_job["kind"]) == ("ray.io/v1", "RayJob")
     check_ray_job(ray_job["spec"])
     # the job's pod waits for the RayJob: while one runs, Kubernetes starts no other
-    (waiting,) = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    assert waiting["args"][:2] == ["wait", "rayjob/retrain-text"]
+    assert steps(found)["wait"][:3] == ["wait", "rayjob/retrain-text", "--for=jsonpath={.status.endTime}"]
     assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > ray_job["spec"]["activeDeadlineSeconds"]
+
+
+def test_a_rayjob_that_failed_fails_the_job() -> None:
+    """`endTime` is there after a failure too: the pod's exit code, and so the Job's fate, is that of the last step."""
+    last, arguments = list(steps(manifests("cronjob")).items())[-1]
+    assert last == "succeeded"
+    assert arguments[:3] == ["wait", "rayjob/retrain-text", "--for=jsonpath={.status.jobStatus}=SUCCEEDED"]
 
 
 def test_the_schemas_would_find_a_fault() -> None:
