@@ -21,6 +21,9 @@ Manifest = dict[str, Any]
 KUBECTL_IMAGE = "registry.k8s.io/kubectl:v1.34.1"
 RAY_VERSION = "2.60.0"
 _CONFIG_DIR, _MANIFEST_DIR = "/etc/hatchery", "/rayjob"
+_ENDED = "hatchery/ended"  # label of a RayJob that may be deleted
+_ATTEMPTS = 2  # of a RayJob; KubeRay counts activeDeadlineSeconds from the beginning of each
+_SLACK_S = 600  # for clusters to come and go
 _ALPHA = (
     "# RayCronJob is alpha: KubeRay >= 1.6, operator started with --feature-gates=RayCronJob=true (off by default).\n"
 )
@@ -48,7 +51,7 @@ def cronjob(domain: DomainConfig) -> list[Manifest]:
     """Service account, role, binding, config map and the CronJob; the RayJob travels in the config map."""
     name, schedule = _name(domain), domain.schedule
     role_ref = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name}
-    verbs = ["get", "list", "watch", "create", "delete"]
+    verbs = ["get", "list", "watch", "create", "patch", "delete"]
     rayjob = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -56,9 +59,11 @@ def cronjob(domain: DomainConfig) -> list[Manifest]:
         "spec": rayjob_spec(domain),
     }
     data = _config_data(domain) | {"rayjob.yaml": yaml.safe_dump(rayjob, sort_keys=False)}
+    evicted = {"type": "DisruptionTarget", "status": "True"}
     job = {
         "backoffLimit": 0,
-        "activeDeadlineSeconds": schedule.deadline_s + 600,
+        "podFailurePolicy": {"rules": [{"action": "Ignore", "onPodConditions": [evicted]}]},  # the next pod waits on
+        "activeDeadlineSeconds": _longest_s(domain) + _SLACK_S,
         "template": {"metadata": {"labels": _labels(domain)}, "spec": _kubectl_pod(domain)},
     }
     return [
@@ -94,14 +99,15 @@ def cronjob(domain: DomainConfig) -> list[Manifest]:
 
 
 def _kubectl_pod(domain: DomainConfig) -> Manifest:
-    """Delete the last RayJob, make the next one, wait until it has ended, see that it succeeded.
+    """Delete the last RayJob if it has ended, make the next one, wait for its end and note it, see that it succeeded.
 
-    Each step is a container, since the image has no shell; the pod fails with the first that fails.
+    A RayJob that is still running is never deleted: `apply` leaves it as it is, saying so, and the pod waits for it
+    instead. So it goes where the last pod that waited was evicted, or a Job was made by hand meanwhile. Each step is a
+    container, since the image has no shell; the pod fails with the first that fails.
     """
     name = _name(domain)
+    rayjob = f"rayjob/{name}"
     mount = {"name": "manifest", "mountPath": _MANIFEST_DIR, "readOnly": True}
-    wait = ["wait", f"rayjob/{name}", "--for=jsonpath={.status.endTime}", f"--timeout={domain.schedule.deadline_s}s"]
-    check = ["wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=0s"]  # looks once
 
     def kubectl(step: str, *arguments: str) -> Manifest:
         return {
@@ -116,11 +122,14 @@ def _kubectl_pod(domain: DomainConfig) -> Manifest:
         "serviceAccountName": name,
         "restartPolicy": "Never",
         "initContainers": [
-            kubectl("delete-last", "delete", "rayjob", name, "--ignore-not-found", "--wait"),
-            kubectl("create", "create", "-f", f"{_MANIFEST_DIR}/rayjob.yaml"),
-            kubectl("wait", *wait),
+            kubectl("delete-last", "delete", "rayjob", f"--selector=hatchery/domain={domain.name},{_ENDED}=true"),
+            kubectl("create", "apply", "-f", f"{_MANIFEST_DIR}/rayjob.yaml"),
+            kubectl("wait", "wait", rayjob, "--for=jsonpath={.status.endTime}", f"--timeout={_longest_s(domain)}s"),
+            kubectl("note-end", "label", rayjob, f"{_ENDED}=true", "--overwrite"),
         ],
-        "containers": [kubectl("succeeded", *check)],
+        "containers": [
+            kubectl("succeeded", "wait", rayjob, "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=0s")
+        ],
         "volumes": [{"name": "manifest", "configMap": {"name": name}}],
     }
 
@@ -153,7 +162,7 @@ def rayjob_spec(domain: DomainConfig) -> Manifest:
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 600,
         "activeDeadlineSeconds": schedule.deadline_s,
-        "backoffLimit": 1,
+        "backoffLimit": _ATTEMPTS - 1,
         "rayClusterSpec": {
             "rayVersion": RAY_VERSION,
             "headGroupSpec": {"rayStartParams": {}, "template": pod_template(domain, "ray-head", 0)},
@@ -189,6 +198,11 @@ def cron_line(domain: DomainConfig, domain_file: str) -> str:
         f"cd {shlex.quote(domain.schedule.working_dir)} && ray job submit --address {address} --working-dir . -- {job}"
     )
     return f"{domain.schedule.cron} {command.replace('%', chr(92) + '%')}\n"
+
+
+def _longest_s(domain: DomainConfig) -> int:
+    """How long a RayJob may take with all its attempts."""
+    return _ATTEMPTS * domain.schedule.deadline_s + _SLACK_S
 
 
 def _config_data(domain: DomainConfig) -> dict[str, str]:

@@ -37,7 +37,7 @@ class ScheduleConfig(Settings):
     memory_gib: int = Field(32, ge=1, description="memory of each pod")
     gpus: int = Field(0, ge=0, description="GPUs of each worker pod")
     history: int = Field(3, ge=0, le=20, description="finished jobs kept, failed ones likewise")
-    deadline_s: int = Field(86_400, ge=60, description="a retraining is ended after this time")
+    deadline_s: int = Field(86_400, ge=60, description="an attempt is ended after this time; a cluster makes two")
     env_secret: str | None = Field(None, description="Kubernetes secret whose keys become environment variables")
 
 

@@ -62,7 +62,6 @@ def test_the_cronjob_is_valid_forbids_two_at_once_and_keeps_little(overrides: tu
     check_ray_job(ray_job["spec"])
     # the job's pod waits for the RayJob: while one runs, Kubernetes starts no other
     assert steps(found)["wait"][:3] == ["wait", "rayjob/retrain-text", "--for=jsonpath={.status.endTime}"]
-    assert spec["jobTemplate"]["spec"]["activeDeadlineSeconds"] > ray_job["spec"]["activeDeadlineSeconds"]
 
 
 def test_a_rayjob_that_failed_fails_the_job() -> None:
@@ -70,6 +69,30 @@ def test_a_rayjob_that_failed_fails_the_job() -> None:
     last, arguments = list(steps(manifests("cronjob")).items())[-1]
     assert last == "succeeded"
     assert arguments[:3] == ["wait", "rayjob/retrain-text", "--for=jsonpath={.status.jobStatus}=SUCCEEDED"]
+
+
+def test_deadlines_cover_every_attempt() -> None:
+    """KubeRay resets a RayJob's start time when it retries, so its deadline is one attempt's."""
+    found = manifests("cronjob", "schedule.deadline_s=1000")
+    ray_job = yaml.safe_load(found["ConfigMap"]["data"]["rayjob.yaml"])["spec"]
+    longest = ray_job["activeDeadlineSeconds"] * (1 + ray_job["backoffLimit"])
+    waiting = int(steps(found)["wait"][-1].removeprefix("--timeout=").removesuffix("s"))
+    assert longest < waiting < found["CronJob"]["spec"]["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+
+
+def test_a_rayjob_that_may_be_running_is_never_deleted() -> None:
+    """Only what was labelled after its end is; any other RayJob of the name is left, and waited for."""
+    found = manifests("cronjob")
+    order = steps(found)
+    assert list(order) == ["delete-last", "create", "wait", "note-end", "succeeded"]
+    assert order["delete-last"] == ["delete", "rayjob", "--selector=hatchery/domain=text,hatchery/ended=true"]
+    assert order["create"][0] == "apply"
+    assert order["note-end"][:3] == ["label", "rayjob/retrain-text", "hatchery/ended=true"]
+    ray_job = yaml.safe_load(found["ConfigMap"]["data"]["rayjob.yaml"])
+    assert ray_job["metadata"]["labels"]["hatchery/domain"] == "text"
+    assert "hatchery/ended" not in ray_job["metadata"]["labels"]
+    (rule,) = found["CronJob"]["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
 
 
 def test_the_schemas_would_find_a_fault() -> None:
