@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
+from data_prep.sources import PHOTOGRAPHS
 from pipeline.domain import DomainConfig
 
 Kind = Literal["cronjob", "raycronjob", "cron"]
@@ -21,6 +22,9 @@ Manifest = dict[str, Any]
 KUBECTL_IMAGE = "registry.k8s.io/kubectl:v1.34.1"
 RAY_VERSION = "2.60.0"
 _CONFIG_DIR, _MANIFEST_DIR = "/etc/hatchery", "/rayjob"
+_PREFIX = "retrain-"
+_LONGEST_NAME = 47  # of a RayJob: the names of its cluster's services must fit 63 characters
+_APPENDED = 11  # by RayCronJob to its own name, for each RayJob: 6 random characters in 1.6, the time in later ones
 _ENDED = "hatchery/ended"  # label of a RayJob that may be deleted
 _ATTEMPTS = 2  # of a RayJob; KubeRay counts activeDeadlineSeconds from the beginning of each
 _SLACK_S = 600  # for clusters to come and go
@@ -30,21 +34,39 @@ _ALPHA = (
 
 
 def render(domain: DomainConfig, kind: Kind, domain_file: str) -> str:
-    """What to `kubectl apply`, or the crontab line. ValueError for storage or tracking that pods cannot reach."""
+    """What to `kubectl apply`, or the crontab line. ValueError for what a cluster would not take."""
     if kind == "cron":
         return cron_line(domain, domain_file)
     _check_reachable(domain)
+    _check_name(domain, kind)
     manifests = cronjob(domain) if kind == "cronjob" else raycronjob(domain)
     header = f"# Made by: hatchery schedule render {domain_file} --kind {kind}\n"
     return header + (_ALPHA if kind == "raycronjob" else "") + yaml.safe_dump_all(manifests, sort_keys=False)
 
 
 def _check_reachable(domain: DomainConfig) -> None:
-    for key, uri in {"storage.uri": domain.storage.uri, "source": domain.source}.items():
-        if not uri.startswith("s3://"):
+    for key, uri in _places(domain).items():
+        if not uri.startswith("s3://") and uri != PHOTOGRAPHS:
             raise ValueError(f"{key} {uri!r} is not in an object store: pods of a cluster cannot see it, use s3://")
     if not (domain.tracking.uri or "").startswith(("http://", "https://")):
         raise ValueError(f"tracking.uri {domain.tracking.uri!r} is no server's address: give http://host:port")
+
+
+def _places(domain: DomainConfig) -> dict[str, str]:
+    """Every place that a retraining reads or writes, by its key."""
+    places = {"storage.uri": domain.storage.uri, "source": domain.source, "replay.source": domain.replay.source}
+    places |= {f"evaluate.sets.{name}": uri for name, uri in domain.evaluate.sets.items()}
+    if (lpips := domain.evaluate.protocol.lpips) is not None:
+        places |= {f"evaluate.protocol.lpips.{key}": uri for key, uri in lpips.model_dump().items()}
+    return places
+
+
+def _check_name(domain: DomainConfig, kind: Kind) -> None:
+    longest = _LONGEST_NAME - len(_PREFIX) - (_APPENDED if kind == "raycronjob" else 0)
+    if len(domain.name) > longest:
+        raise ValueError(
+            f"name {domain.name!r} has {len(domain.name)} characters: KubeRay takes {longest} for a {kind}, shorten it"
+        )
 
 
 def cronjob(domain: DomainConfig) -> list[Manifest]:
@@ -210,7 +232,7 @@ def _config_data(domain: DomainConfig) -> dict[str, str]:
 
 
 def _name(domain: DomainConfig) -> str:
-    return f"retrain-{domain.name}"
+    return f"{_PREFIX}{domain.name}"
 
 
 def _labels(domain: DomainConfig) -> dict[str, str]:

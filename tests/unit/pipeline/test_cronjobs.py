@@ -127,11 +127,31 @@ def test_the_cron_line_submits_to_ray() -> None:
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("storage.uri=runs", "storage.uri 'runs'"), ("source=/in", "source '/in'"), ("tracking.uri=null", "tracking.uri")],
+    [
+        ("storage.uri=runs", "storage.uri 'runs'"),
+        ("source=/in", "source '/in'"),
+        ("replay.source=/old", "replay.source '/old'"),
+        ("evaluate.sets.Set5=/data/Set5", "evaluate.sets.Set5 '/data/Set5'"),
+        ("evaluate.protocol.lpips={backbone: s3://w/a.pth, calibration: b.pth}", r"lpips\.calibration 'b\.pth'"),
+        ("tracking.uri=null", "tracking.uri"),
+    ],
 )
 def test_what_pods_cannot_reach_is_refused(override: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         cronjobs.render(example(override), "cronjob", EXAMPLE)
+
+
+def test_photographs_of_a_package_are_in_the_image() -> None:
+    assert "photographs:" in cronjobs.render(example("replay.source='photographs:'"), "cronjob", EXAMPLE)
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("cronjob", 39), ("raycronjob", 28)])
+def test_names_too_long_for_kuberay_are_refused(kind: cronjobs.Kind, longest: int) -> None:
+    """A RayJob's name has 47 characters at most; RayCronJob appends to its own."""
+    fits, too_long = (example().model_copy(update={"name": "n" * length}) for length in (longest, longest + 1))
+    cronjobs.render(fits, kind, EXAMPLE)
+    with pytest.raises(ValueError, match=rf"has {longest + 1} characters: KubeRay takes {longest} for a {kind}"):
+        cronjobs.render(too_long, kind, EXAMPLE)
 
 
 @pytest.mark.parametrize("kind", ["cronjob", "raycronjob", "cron"])
