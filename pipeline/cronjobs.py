@@ -39,6 +39,8 @@ def render(domain: DomainConfig, kind: Kind, domain_file: str) -> str:
         return cron_line(domain, domain_file)
     _check_reachable(domain)
     _check_name(domain, kind)
+    if domain.schedule.image is None:
+        raise ValueError("schedule.image is not set: build infra/Dockerfile, push it, and name it there")
     manifests = cronjob(domain) if kind == "cronjob" else raycronjob(domain)
     header = f"# Made by: hatchery schedule render {domain_file} --kind {kind}\n"
     return header + (_ALPHA if kind == "raycronjob" else "") + yaml.safe_dump_all(manifests, sort_keys=False)

@@ -29,7 +29,9 @@ class ScheduleConfig(Settings):
         "0 3 * * *", pattern=r"^\S+ \S+ \S+ \S+ \S+$", description="five fields: minute hour day month weekday"
     )
     namespace: str = "default"
-    image: str = Field("rayproject/ray:2.60.0-py311", description="of Ray's pods, with all dependencies")
+    image: str | None = Field(
+        None, description="of Ray's pods, with this project and all dependencies: built from infra/Dockerfile"
+    )
     working_dir: str = Field("/hatchery", description="where the image holds this project")
     ray_address: str = Field("http://127.0.0.1:8265", description="dashboard that the plain cron line submits to")
     workers: int = Field(1, ge=0, description="worker pods")

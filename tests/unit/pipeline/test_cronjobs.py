@@ -1,5 +1,6 @@
 """Rendered manifests against Kubernetes' own schemas, and KubeRay's documented fields."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ def test_the_raycronjob_says_that_it_is_alpha() -> None:
     assert set(spec) == {"schedule", "suspend", "jobTemplate"}
     check_ray_job(spec["jobTemplate"])
     assert "alpha" in cronjobs.render(example(), "raycronjob", EXAMPLE).splitlines()[1]
+
+
+def test_the_image_must_be_named_and_can_be_built() -> None:
+    """No public image holds this project: there is no default, but a Dockerfile that copies what the pods need."""
+    with pytest.raises(ValueError, match=r"schedule\.image is not set: build infra/Dockerfile"):
+        cronjobs.render(example("schedule.image=null"), "cronjob", EXAMPLE)
+    lines = (ROOT / "infra" / "Dockerfile").read_text().splitlines()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    for package in [*project["tool"]["setuptools"]["packages"], "configs"]:
+        assert f"COPY {package} {package}" in lines
+    assert f"WORKDIR {example().schedule.working_dir}" in lines
+    assert f"ray=={cronjobs.RAY_VERSION}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def test_the_pods_read_the_domain_that_was_rendered(tmp_path: Path) -> None:
