@@ -28,9 +28,11 @@ _APPENDED = 11  # by RayCronJob to its own name, for each RayJob: 6 random chara
 _ENDED = "hatchery/ended"  # label of a RayJob that may be deleted
 _ATTEMPTS = 2  # of a RayJob; KubeRay counts activeDeadlineSeconds from the beginning of each
 _SLACK_S = 600  # for clusters to come and go
-_ALPHA = (
-    "# RayCronJob is alpha: KubeRay >= 1.6, operator started with --feature-gates=RayCronJob=true (off by default).\n"
-)
+_ALPHA = """\
+# RayCronJob is alpha: KubeRay >= 1.6, operator started with --feature-gates=RayCronJob=true (off by default).
+# It bounds no history: finished RayJobs pile up (without their clusters) until somebody deletes them, unless the
+# operator runs with the environment variable DELETE_RAYJOB_CR_AFTER_JOB_FINISHES=true. --kind cronjob keeps one.
+"""
 
 
 def render(domain: DomainConfig, kind: Kind, domain_file: str) -> str:

@@ -103,13 +103,15 @@ def test_the_schemas_would_find_a_fault() -> None:
         kubernetes_validate.validate(wrong, KUBERNETES, strict=True)
 
 
-def test_the_raycronjob_says_that_it_is_alpha() -> None:
+def test_the_raycronjob_says_that_it_is_alpha_and_cleans_nothing_up() -> None:
     found = manifests("raycronjob")
     kubernetes_validate.validate(found["ConfigMap"], KUBERNETES, strict=True)
     spec = found["RayCronJob"]["spec"]
     assert set(spec) == {"schedule", "suspend", "jobTemplate"}
     check_ray_job(spec["jobTemplate"])
-    assert "alpha" in cronjobs.render(example(), "raycronjob", EXAMPLE).splitlines()[1]
+    header = cronjobs.render(example(), "raycronjob", EXAMPLE).split("apiVersion")[0]
+    assert "alpha" in header.splitlines()[1]
+    assert "finished RayJobs pile up" in header
 
 
 def test_the_image_must_be_named_and_can_be_built() -> None:
