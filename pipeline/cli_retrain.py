@@ -59,4 +59,5 @@ def render(
     from pipeline import cronjobs
     from pipeline.domain import load_domain
 
-    typer.echo(cronjobs.render(load_domain(domain, override or []), kind, domain), nl=False)
+    overrides = override or []
+    typer.echo(cronjobs.render(load_domain(domain, overrides), kind, domain, overrides), nl=False)

@@ -8,17 +8,22 @@ cron: a line for crontab that submits to a running Ray cluster.
 Fields: https://ray-project.github.io/kuberay/reference/api/ (RayJobSpec, RayClusterSpec, RayCronJobSpec).
 """
 
+import re
 import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from data_prep import storage
 from data_prep.sources import PHOTOGRAPHS
 from pipeline.domain import DomainConfig
 
 Kind = Literal["cronjob", "raycronjob", "cron"]
 Manifest = dict[str, Any]
 
+ROOT = Path(__file__).resolve().parents[1]
 KUBECTL_IMAGE = "registry.k8s.io/kubectl:v1.34.1"
 RAY_VERSION = "2.60.0"
 _CONFIG_DIR, _MANIFEST_DIR = "/etc/hatchery", "/rayjob"
@@ -35,16 +40,21 @@ _ALPHA = """\
 """
 
 
-def render(domain: DomainConfig, kind: Kind, domain_file: str) -> str:
-    """What to `kubectl apply`, or the crontab line. ValueError for what a cluster would not take."""
+def render(domain: DomainConfig, kind: Kind, domain_file: str, overrides: Sequence[str] = ()) -> str:
+    """What to `kubectl apply`, or the crontab line. ValueError for what a cluster would not take.
+
+    overrides: those that `domain` was loaded with; a crontab line must repeat them.
+    """
+    sets = [part for override in overrides for part in ("--set", override)]
+    command = shlex.join(["hatchery", "schedule", "render", domain_file, *sets, "--kind", kind])
+    header = f"# Made by: {' '.join(command.splitlines())}\n"
     if kind == "cron":
-        return cron_line(domain, domain_file)
+        return header + cron_line(domain, domain_file, sets)
     _check_reachable(domain)
     _check_name(domain, kind)
     if domain.schedule.image is None:
         raise ValueError("schedule.image is not set: build infra/Dockerfile, push it, and name it there")
     manifests = cronjob(domain) if kind == "cronjob" else raycronjob(domain)
-    header = f"# Made by: hatchery schedule render {domain_file} --kind {kind}\n"
     return header + (_ALPHA if kind == "raycronjob" else "") + yaml.safe_dump_all(manifests, sort_keys=False)
 
 
@@ -216,14 +226,44 @@ def pod_template(domain: DomainConfig, container: str, gpus: int) -> Manifest:
     return {"metadata": {"labels": _labels(domain)}, "spec": {"containers": [made], "volumes": [volume]}}
 
 
-def cron_line(domain: DomainConfig, domain_file: str) -> str:
-    """A crontab line, to be run in the project's folder on a machine that reaches the Ray cluster."""
-    address = shlex.quote(domain.schedule.ray_address)
-    job = f"python pipeline/retrain.py {shlex.quote(domain_file)}"
-    command = (
-        f"cd {shlex.quote(domain.schedule.working_dir)} && ray job submit --address {address} --working-dir . -- {job}"
-    )
-    return f"{domain.schedule.cron} {command.replace('%', chr(92) + '%')}\n"
+def cron_line(domain: DomainConfig, domain_file: str, sets: Sequence[str] = ()) -> str:
+    """A crontab line for a machine that has the project in `working_dir` and reaches the Ray cluster.
+
+    Cron knows no virtual environment and no variables: `ray` is named by its path, and what S3 and MLflow need is in a
+    file, so that the crontab holds no secrets. ValueError for what the job would not find.
+    """
+    schedule = domain.schedule
+    if storage.is_local(domain.storage.uri) and not domain.storage.uri.startswith("/"):
+        raise ValueError(
+            f"storage.uri {domain.storage.uri!r} is lost with the job's folder: give a path from / or s3://"
+        )
+    ray = schedule.ray or f"{schedule.working_dir}/.venv/bin/ray"
+    submit = [ray, "job", "submit", "--address", schedule.ray_address, "--working-dir", "."]
+    if schedule.runtime_env:
+        submit += ["--runtime-env", schedule.runtime_env]
+    job = ["python", "pipeline/retrain.py", _in_project(domain, domain_file), *sets]
+    command = f"cd {shlex.quote(schedule.working_dir)} && {shlex.join([*submit, '--', *map(_for_ray, job)])}"
+    return f"{schedule.cron} {command.replace('%', chr(92) + '%')}\n"
+
+
+def _in_project(domain: DomainConfig, file: str) -> str:
+    """The path of the domain's file below the project, which is all that Ray uploads; ValueError for others."""
+    path = Path(file).resolve()
+    for folder in (Path(domain.schedule.working_dir), ROOT):
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    raise ValueError(f"{path} is outside of the project, which is all that a job gets: copy it below {ROOT}")
+
+
+def _for_ray(argument: str) -> str:
+    """An argument of the job as `ray job submit` must be given it: it joins them as Windows does, for a shell.
+
+    With spaces in it, it comes to that shell in double quotes, else bare.
+    """
+    if any(character in argument for character in '"\\\n'):
+        raise ValueError(f"{argument!r} cannot go through ray job submit: write it into the domain's file")
+    special = r"[$`]" if any(map(str.isspace, argument)) else r"[^\w@%+=:,./-]"
+    return re.sub(special, r"\\\g<0>", argument)
 
 
 def _longest_s(domain: DomainConfig) -> int:

@@ -32,8 +32,18 @@ class ScheduleConfig(Settings):
     image: str | None = Field(
         None, description="of Ray's pods, with this project and all dependencies: built from infra/Dockerfile"
     )
-    working_dir: str = Field("/hatchery", description="where the image holds this project")
+    working_dir: str = Field(
+        "/hatchery",
+        pattern="^/",
+        description="where the image, or the machine of the plain cron line, has this project",
+    )
     ray_address: str = Field("http://127.0.0.1:8265", description="dashboard that the plain cron line submits to")
+    ray: str | None = Field(
+        None, pattern="^/", description="path of `ray` for the plain cron line; null: working_dir/.venv/bin/ray"
+    )
+    runtime_env: str | None = Field(
+        None, pattern="^/", description="YAML file that the plain cron line hands to Ray: env_vars of S3 and MLflow"
+    )
     workers: int = Field(1, ge=0, description="worker pods")
     cpus: int = Field(8, ge=1, description="CPU cores of each pod")
     memory_gib: int = Field(32, ge=1, description="memory of each pod")

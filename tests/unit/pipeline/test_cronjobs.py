@@ -1,5 +1,6 @@
 """Rendered manifests against Kubernetes' own schemas, and KubeRay's documented fields."""
 
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -132,12 +133,58 @@ def test_the_pods_read_the_domain_that_was_rendered(tmp_path: Path) -> None:
     assert load_domain(str(tmp_path / "domain.yaml")) == example("training.steps=77")
 
 
+SUBMIT = "job submit --address http://127.0.0.1:8265 --working-dir . "
+
+
 def test_the_cron_line_submits_to_ray() -> None:
-    line = cronjobs.render(example("schedule.cron=5 4 * * 0", "name=text"), "cron", "a%b.yaml")
-    assert line.startswith(
-        "5 4 * * 0 cd /hatchery && ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
+    made, line = cronjobs.render(example("schedule.cron=5 4 * * 0"), "cron", "a%b.yaml").splitlines()
+    assert made == "# Made by: hatchery schedule render a%b.yaml --kind cron"
+    env = "--runtime-env /etc/hatchery/runtime-env.yaml"
+    assert line.startswith(f"5 4 * * 0 cd /hatchery && /hatchery/.venv/bin/ray {SUBMIT}{env} -- python ")
+    assert line.endswith("python pipeline/retrain.py a\\%b.yaml")
+
+
+def test_the_cron_line_knows_no_virtual_environment_and_no_variables() -> None:
+    """Cron's PATH has no `ray`, and what S3 needs is read from a file by Ray, never written in the crontab."""
+    domain = example("schedule.ray=/opt/ray env/bin/ray", "schedule.runtime_env=null", "schedule.working_dir=/my job")
+    line = cronjobs.cron_line(domain, EXAMPLE)
+    assert f"cd '/my job' && '/opt/ray env/bin/ray' {SUBMIT}-- python pipeline/retrain.py {EXAMPLE}" in line
+
+
+def run_as_cron_and_ray_do(line: str, folder: Path) -> list[str]:
+    """What the job's program is given: a shell reads cron's command, Ray joins what is behind -- for another one."""
+    command = line.split(" && ")[1].strip().replace("\\%", "%")
+    show = folder / "show"
+    show.write_text('#!/bin/sh\nfor part in "$@"; do echo "$part"; done\n')
+    show.chmod(0o755)
+    told = subprocess.run(
+        command.replace("/hatchery/.venv/bin/ray", str(show)), shell=True, capture_output=True, text=True
     )
-    assert line.endswith("python pipeline/retrain.py a\\%b.yaml\n")
+    words = told.stdout.splitlines()
+    entrypoint = subprocess.list2cmdline([str(show), *words[words.index("--") + 1 :]])
+    return subprocess.run(entrypoint, shell=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_the_cron_lines_overrides_arrive_as_they_were_given(tmp_path: Path) -> None:
+    sets = ["training.steps=77", "evaluate.sets={Set5: s3://a/b c, New: s3://d}"]
+    sets += ["include=[a*b,it's;50%,$HOME]", "exclude=[`b` $c]"]
+    text = cronjobs.render(example(sets[0]), "cron", EXAMPLE, sets)
+    arrived = run_as_cron_and_ray_do(text.splitlines()[1], tmp_path)
+    assert arrived == ["python", "pipeline/retrain.py", EXAMPLE, *[x for part in sets for x in ("--set", part)]]
+    for hopeless in ('a="b"', "a=\\", "a=\nb"):
+        with pytest.raises(ValueError, match="cannot go through ray job submit: write it into the domain's file"):
+            cronjobs.render(example(), "cron", EXAMPLE, [hopeless])
+
+
+def test_the_cron_lines_job_finds_its_file_and_its_storage(tmp_path: Path) -> None:
+    """Ray uploads the project and runs the job in a folder of its own."""
+    (tmp_path / "configs").mkdir()
+    elsewhere = example(f"schedule.working_dir={tmp_path}")
+    assert cronjobs.cron_line(elsewhere, f"{tmp_path}/configs/x.yaml").endswith("retrain.py configs/x.yaml\n")
+    with pytest.raises(ValueError, match=r"x\.yaml is outside of the project"):
+        cronjobs.cron_line(example(), f"{tmp_path}/configs/x.yaml")
+    with pytest.raises(ValueError, match=r"storage\.uri 'runs' is lost with the job's folder"):
+        cronjobs.cron_line(example("storage.uri=runs"), EXAMPLE)
 
 
 @pytest.mark.parametrize(
