@@ -21,6 +21,7 @@ from mlflow.types import Schema, TensorSpec
 from pipeline import report
 from pipeline.config import RegistryConfig
 from pipeline.evaluate import SetResult
+from pipeline.registry_lock import is_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENT_TAG, SCALE_TAG = "hatchery.content", "hatchery.scale"
@@ -129,8 +130,9 @@ def registered(client: MlflowClient, name: str) -> RegisteredModel:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        known = ", ".join(model.name for model in client.search_registered_models(max_results=10)) or "none yet"
-        raise ValueError(f"no registered model {name!r}; registered are: {known}") from error
+        known = [model.name for model in client.search_registered_models() if not is_lock(model.name)]
+        shown = ", ".join(known[:10]) or "none yet"
+        raise ValueError(f"no registered model {name!r}; registered are: {shown}") from error
 
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:

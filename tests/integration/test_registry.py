@@ -1,5 +1,8 @@
 """Registration and the gate on a real MLflow store (SQLite): who becomes champion, and why."""
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from pipeline.promotion import Decision
 from pipeline.registry_lock import Busy, promotion_lock
 from pipeline.rivals import judge_candidate
 from pipeline.rule import GateConfig
+from tests.shared_data import ROOT
 from tests.unit.pipeline.figures import judged
 
 pytestmark = pytest.mark.integration
@@ -134,11 +138,62 @@ def test_of_many_that_want_the_lock_at_once_one_gets_it(store: Registry) -> None
         assert sorted(pool.map(hold, range(4))) == ["busy", "busy", "busy", "held"]
 
 
-def test_a_dead_owners_lock_is_taken_over(store: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.client.create_registered_model("m-x2.lock-3", tags={"hatchery.owner": "gone", "hatchery.since": "1000"})
+def locked(store: Registry, generation: int, **holder: object) -> None:
+    tags = {"hatchery.holder": json.dumps({"owner": "x", "machine": "another one", "since": time.time()} | holder)}
+    store.client.create_registered_model(f"m-x2.lock-{generation}", tags=tags)
+
+
+def test_a_lock_of_another_machine_is_followed_after_a_while(store: Registry) -> None:
+    locked(store, 3, owner="somebody@elsewhere")
+    with pytest.raises(Busy, match=r"by somebody@elsewhere since \d s"), promotion_lock(store.client, "m-x2"):
+        pass
+    locked(store, 4, since=time.time() - 61)
     with promotion_lock(store.client, "m-x2"):
         held = [model.name for model in store.client.search_registered_models("name LIKE 'm-x2.lock-%'")]
-        assert held == ["m-x2.lock-4"]
+        assert held == ["m-x2.lock-5"]
+
+
+PROMOTE_AND_STOP = """
+import sys, time
+from mlflow import MlflowClient
+from pipeline import promotion
+from pipeline.gate import Verdict
+
+client = MlflowClient(sys.argv[1])
+moved = client.set_registered_model_alias
+
+def move(name, alias, version):
+    if alias == "champion":
+        print("between the aliases", flush=True)
+        time.sleep(60)
+    moved(name, alias, version)
+
+client.set_registered_model_alias = move
+better = Verdict(promoted=True, reason="better", rival="version 1")
+promotion.promote(client, "m-x2", client.get_model_version("m-x2", "2"), lambda champion: better)
+"""
+
+
+def test_a_promotion_that_was_killed_is_completed_by_the_next_call_at_once(store: Registry) -> None:
+    store.promote("first", result(31.0))
+    store.register("second", result(32.0))
+    command = [sys.executable, "-c", PROMOTE_AND_STOP, store.uri]
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "between the aliases\n"
+    with pytest.raises(Busy, match=rf"process {killed.pid} since"):
+        promotion.rollback(store.client, "m-x2", "while it lives")
+    with pytest.raises(ValueError, match=r"no registered model 'other'; registered are: m-x2$"):
+        registry.registered(store.client, "other")
+    killed.kill()
+    killed.wait()
+    assert store.aliases() == ("2", "1", "1")
+    begin = time.monotonic()
+    assert store.promote("second", result(32.0)).promoted
+    assert time.monotonic() - begin < 10
+    assert store.aliases() == ("2", "2", "1")
+    assert [(e.version, e.done) for e in promotion.history(store.client, "m-x2")] == [("1", True), ("2", True)]
+    assert store.client.search_registered_models("name LIKE 'm-x2.lock-%'") == []
 
 
 def test_a_crash_while_aliases_move_is_completed_by_the_next_call(
