@@ -117,12 +117,28 @@ def test_two_promotions_at_once_one_wins_and_the_other_says_so(store: Registry) 
     with pytest.raises(ValueError, match=r"version 1 is not promoted: version 2 became champion meanwhile"):
         promotion.promote(store.client, "m-x2", slow, judge_slowly)
     assert store.alias("champion") == "2"
+    tags = store.client.get_model_version("m-x2", "1").tags
+    assert tags["hatchery.promoted"] == "false"
+    assert tags["hatchery.decision"].startswith("not promoted: version 2 became champion meanwhile")
     with (
         promotion_lock(store.client, "m-x2"),
         pytest.raises(Busy, match=r"m-x2 is being promoted by .* process \d+ since 0 s: wait"),
     ):
         promotion.rollback(store.client, "m-x2", "now")
     assert store.client.search_registered_models("name LIKE 'm-x2.lock-%'") == []
+
+
+def test_two_promotions_of_one_version_agree(store: Registry) -> None:
+    only = store.register("only", result(31.0))
+    good = Verdict(promoted=True, reason="good", rival="none")
+
+    def judge_slowly(champion: registry.ModelVersion | None) -> Verdict:
+        promotion.promote(store.client, "m-x2", only, lambda _: good)
+        return good
+
+    assert promotion.promote(store.client, "m-x2", only, judge_slowly).promoted
+    assert store.client.get_model_version("m-x2", "1").tags["hatchery.promoted"] == "true"
+    assert len(promotion.history(store.client, "m-x2")) == 1
 
 
 def test_of_many_that_want_the_lock_at_once_one_gets_it(store: Registry) -> None:
@@ -193,6 +209,8 @@ def test_a_promotion_that_was_killed_is_completed_by_the_next_call_at_once(store
     assert time.monotonic() - begin < 10
     assert store.aliases() == ("2", "2", "1")
     assert [(e.version, e.done) for e in promotion.history(store.client, "m-x2")] == [("1", True), ("2", True)]
+    tags = store.client.get_model_version("m-x2", "2").tags
+    assert (tags["hatchery.promoted"], tags["hatchery.decision"]) == ("true", "better")
     assert store.client.search_registered_models("name LIKE 'm-x2.lock-%'") == []
 
 
