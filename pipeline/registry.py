@@ -145,13 +145,15 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
     if alias:
         by_name = by_alias(client, name, alias)
         if by_name is None:
-            raise ValueError(f"{uri}: {name} has no version called {alias}: promote one, or name a version by number")
+            remedy = "promote" if alias == "champion" else "register"
+            raise ValueError(f"{uri}: {name} has no version called {alias}: {remedy} one, or name a version by number")
         return by_name
     try:
         return client.get_model_version(name, version)
     except MlflowException as error:
-        newest = client.search_model_versions(f"name = '{name}'", max_results=1)
-        raise ValueError(f"{uri}: {name} has no version {version}, its newest is {newest[0].version}") from error
+        held = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
+        known = f"its newest is {max(held)}" if held else "nor any other: register one"
+        raise ValueError(f"{uri}: {name} has no version {version}, {known}") from error
 
 
 def fetch(version: ModelVersion, file: str, folder: Path) -> Path:

@@ -253,10 +253,13 @@ def test_without_a_champion_the_version_it_was_started_from_is_the_rival(store: 
 
 def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
     store.register("only", result(31.0))
+    store.client.create_registered_model("empty")
     for uri, words in {
-        "models:/other@champion": "no registered model 'other'; registered are: m-x2",
+        "models:/other@champion": "no registered model 'other'; registered are: empty, m-x2",
         "models:/m-x2@champion": "no version called champion: promote one",
         "models:/m-x2/9": "has no version 9, its newest is 1",
+        "models:/empty/1": "empty has no version 1, nor any other: register one",
+        "models:/empty@candidate": "empty has no version called candidate: register one, or name a version by number",
         "models:/m-x2": "not of the form",
     }.items():
         with pytest.raises(ValueError, match=words):
