@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from rich.console import Console
 
 from model import build, load
 from model.inference import upscale
 from model.weights import save_pth
-from pipeline import promotion, registry, report
+from pipeline import lineage, pretrain, promotion, registry, report
+from pipeline.artifact import Artifact
 from pipeline.cli import main
+from pipeline.config import Recipe, load_recipe
 from pipeline.evaluate import SetResult
 from pipeline.gate import Verdict, decide
 from pipeline.lineage import PARENT_TAG
@@ -249,6 +253,29 @@ def test_without_a_champion_the_version_it_was_started_from_is_the_rival(store: 
     assert "parameters 1.000 of the rival's, not at most 0.5" in (
         judge_candidate([result(31.2)], tuned, None, costs, {}, {}).reason
     )
+
+
+@pytest.mark.parametrize("command", [pretrain.run, pretrain.dry_run])
+def test_an_alias_is_resolved_once_before_anything_reads_it(
+    store: Registry, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
+) -> None:
+    """Else another champion's weights could be fine-tuned than the fingerprint and the lineage tell."""
+    store.promote("first", result(31.0))
+    start = ["trainings.pretrain-x2.init_weights=models:/m-x2@champion", "trainings.pretrain-x2.start=published"]
+    recipe = load_recipe("demo", [*start, f"tracking.uri={store.uri}"])
+    prepared = []
+
+    def prepare(recipe: Recipe, choice: pretrain.Choice) -> None:
+        prepared.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "prepare", prepare)
+    with pytest.raises(KeyboardInterrupt):
+        command(recipe, pretrain.Choice(), Console())
+    store.promote("second", result(32.0))
+    artifact = Artifact(stage="pretrain-x2", uri="", fingerprint="", digest="")
+    tags = lineage.tags(prepared[0], "pretrain-x2", {"pretrain-x2": artifact})
+    assert tags[PARENT_TAG] == "models:/m-x2/1"
 
 
 def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
