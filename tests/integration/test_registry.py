@@ -255,6 +255,24 @@ def test_without_a_champion_the_version_it_was_started_from_is_the_rival(store: 
     )
 
 
+def test_both_are_judged_again_where_the_set_has_grown(store: Registry, ray_local: object, tmp_path: Path) -> None:
+    """An older version is put to the gate after images were added, while the champion was judged on all of them."""
+    (tmp_path / "Set5").mkdir()
+    for seed in range(3):
+        image = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "Set5" / f"{seed}.png")
+    older, champion = (judged([31.0] * images) for images in (2, 3))
+    versions = [store.register(f"{len(found.images)}", found) for found in (older, champion)]
+    rule = GateConfig(better={"Set5": -1.0})
+    verdict = judge_candidate([older], versions[0], versions[1], rule, {"Set5": f"{tmp_path}/Set5"}, {})
+    (condition,) = verdict.conditions
+    assert verdict.promoted
+    assert condition.figures is not None
+    assert condition.figures.images == 3
+    assert condition.figures.difference == 0  # the same weights
+    assert condition.figures.mine < 30
+
+
 @pytest.mark.parametrize("command", [pretrain.run, pretrain.dry_run])
 def test_an_alias_is_resolved_once_before_anything_reads_it(
     store: Registry, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
