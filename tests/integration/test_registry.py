@@ -250,7 +250,7 @@ def test_without_a_champion_the_version_it_was_started_from_is_the_rival(store: 
     assert verdict.promoted
     assert "better than m-x2 version 1, its start" in verdict.reason
     costs = RULE.model_copy(update={"max_growth": 0.5})
-    assert "parameters 1.000 of the rival's, not at most 0.5" in (
+    assert "parameters 1.000 of the rival's, required: at most 0.5" in (
         judge_candidate([result(31.2)], tuned, None, costs, {}, {}).reason
     )
 
