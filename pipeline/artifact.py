@@ -6,6 +6,7 @@ the content digests of its inputs, so changed inputs or config lead to a new pla
 
 import datetime
 import functools
+import os
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,8 @@ from data_prep import storage
 from pipeline.config import Settings, digest_of
 
 MARKER = "artifact.json"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("data_prep", "model", "pipeline")
 
 
 class FileEntry(Settings):
@@ -38,7 +41,7 @@ class Artifact(Settings):
     files: dict[str, FileEntry] = Field(default_factory=dict)
     info: dict[str, Any] = Field(default_factory=dict, description="what a person or a later stage wants to know")
     created: str = ""
-    code: dict[str, str] = Field(default_factory=dict, description="git revision and library versions")
+    code: dict[str, str] = Field(default_factory=dict, description="revision of the code and library versions")
 
     def file_uri(self, name: str) -> str:
         """The URI of one of its files."""
@@ -120,15 +123,25 @@ def fetch(artifact: Artifact, name: str, folder: Path) -> Path:
 
 @functools.cache
 def code_versions() -> dict[str, str]:
-    """Git revision (with `+changes` for an unclean tree) and versions of the libraries that shape results."""
+    """Revision of this project (see `revision`) and versions of the libraries that shape results."""
     versions = {
         name: version(name) for name in ("torch", "deepspeed", "ray", "webdataset", "mlflow", "numpy", "pillow")
     }
-    return {"git": _git_revision()} | versions
+    return {"git": revision(ROOT)} | versions
 
 
-def _git_revision() -> str:
-    root = Path(__file__).resolve().parents[1]
+def revision(root: Path) -> str:
+    """What code runs: git's revision (with `+changes` for an unclean tree), $HATCHERY_REVISION, or `source-<sha256>`.
+
+    Ray uploads a job's folder without .git, and images have none: there the variable tells, which infra/Dockerfile
+    sets, else a hash over the project's own files.
+    """
+    return _git_revision(root) or os.environ.get("HATCHERY_REVISION") or f"source-{_source_hash(root)[:40]}"
+
+
+def _git_revision(root: Path) -> str | None:
+    if not (root / ".git").exists():  # else git would tell of a repository around the project
+        return None
     command = [
         "git",
         "-C",
@@ -142,4 +155,10 @@ def _git_revision() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "unknown"  # a job's working directory is uploaded without .git
+        return None
+
+
+def _source_hash(root: Path) -> str:
+    """sha256 (hex) over names and content of the project's Python files."""
+    files = sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
+    return digest_of({path.relative_to(root).as_posix(): storage.sha256_of(str(path)) for path in files})

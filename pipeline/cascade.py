@@ -49,6 +49,20 @@ def check_fits(weights: dict[str, Tensor], origin: str, model: ModelConfig, scal
         )
 
 
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with a version's number for every `models:/NAME@alias` it starts from.
+
+    Fingerprint, weights and lineage then speak of one version, wherever the alias is moved meanwhile.
+    """
+    trainings = dict(recipe.trainings)
+    for name, training in recipe.trainings.items():
+        if training.init_weights and training.init_weights.startswith("models:/"):
+            version = registry.resolve(tracking.connect_default(tracking_uri(recipe)), training.init_weights)
+            number = f"models:/{version.name}/{version.version}"
+            trainings[name] = training.model_copy(update={"init_weights": number})
+    return recipe.model_copy(update={"trainings": trainings})
+
+
 def check_published(recipe: Recipe) -> dict[str, str]:
     """sha256 of every `init_weights` of a recipe, after checking that they fit; by training."""
     digests = {}

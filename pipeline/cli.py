@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from pipeline import cli_registry, cli_retrain
+from pipeline.cli_registry import Tracebacks
 from pipeline.errors import Stopped
 
 app = typer.Typer(
@@ -70,6 +71,7 @@ def plan_command(
     step_time: Annotated[float | None, typer.Option(min=1e-6, help="Measured seconds per optimizer step.")] = None,
     image_kb: Annotated[float, typer.Option(min=0.1, help="Mean size of a training image; ImageNet has 110.")] = 110,
     override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    debug: Tracebacks = False,
 ) -> None:
     """What a recipe needs on a cluster: memory per ZeRO stage, traffic, days. Measures one sample on this machine."""
     from pipeline import capacity
@@ -118,7 +120,7 @@ def upscale_images(
     interval_size: Annotated[
         int | None, typer.Option(help="HMANet's, where a .pth file's is not the published 4: weights do not show it.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Tracebacks = False,
 ) -> None:
     """Upscale an image or a folder of images: 8 and 16 bits, gray, RGB, alpha; PNG, JPEG, TIFF, WebP, BMP.
 
@@ -145,7 +147,7 @@ def export(
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow; default $MLFLOW_TRACKING_URI, else runs/mlflow.db.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Tracebacks = False,
 ) -> None:
     """Write a network as ONNX or as a torch.export program, for images of any height and width."""
     from pipeline import upscale
@@ -156,10 +158,11 @@ def export(
 
 shards = typer.Typer(help="Look at a set of shards.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
+ShardSet = Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix of the set.")]
 
 
 @shards.command("ls")
-def shards_ls(uri: Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix of the set.")]) -> None:
+def shards_ls(uri: ShardSet, debug: Tracebacks = False) -> None:
     """List the shards of a set."""
     from data_prep.verify import describe
 
@@ -168,7 +171,7 @@ def shards_ls(uri: Annotated[str, typer.Argument(help="Folder or s3://bucket/pre
 
 
 @shards.command("verify")
-def shards_verify(uri: Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix of the set.")]) -> None:
+def shards_verify(uri: ShardSet, debug: Tracebacks = False) -> None:
     """Re-read every shard and check every hash; exit code 1 where something is not as the index says."""
     from data_prep.verify import verify
 

@@ -11,6 +11,7 @@ Tracking = Annotated[
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster; default $RAY_ADDRESS, else a local one.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")]
+Tracebacks = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Name = Annotated[str, typer.Argument(help="Registered model, e.g. demo-x2.")]
 
 
@@ -61,7 +62,13 @@ def evaluate(
 def promote(
     name: Name,
     version: Annotated[str | None, typer.Option(help="Version; default: the one called candidate.")] = None,
-    rule: Annotated[str | None, typer.Option(help="YAML file with a promotion rule; default: the version's.")] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            help="YAML file with a promotion rule, e.g. configs/rule.yaml: better, not_worse, metric, decide_by, "
+            "confidence, max_slowdown, max_growth; default: the version's own."
+        ),
+    ] = None,
     force: Annotated[str | None, typer.Option(metavar="REASON", help="Promote without asking the gate.")] = None,
     tracking: Tracking = None,
     address: Address = None,
@@ -80,6 +87,7 @@ def rollback(
     name: Name,
     reason: Annotated[str, typer.Option(help="Why; kept in the history.")] = "by hand",
     tracking: Tracking = None,
+    debug: Tracebacks = False,
 ) -> None:
     """Make the previous champion champion again."""
     from pipeline import registry_commands
@@ -88,7 +96,7 @@ def rollback(
     typer.echo(f"{name}: version {event.version} is champion again, version {event.before} is previous")
 
 
-def history(name: Name, tracking: Tracking = None) -> None:
+def history(name: Name, tracking: Tracking = None, debug: Tracebacks = False) -> None:
     """Show who was champion when, and why."""
     from pipeline import registry_commands
 

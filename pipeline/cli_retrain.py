@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli_registry import Address, Debug, console
+from pipeline.cli_registry import Address, Debug, Tracebacks, console
 
-Domain = Annotated[str, typer.Argument(help="YAML file of the domain.")]
+Domain = Annotated[str, typer.Argument(help="YAML file of the domain, e.g. configs/domain/text.yaml.")]
 Override = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. storage.uri=s3://b/p.")
 ]
@@ -15,14 +15,14 @@ Override = Annotated[
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the console script."""
     app.command()(retrain)
-    schedule = typer.Typer(help="Retrain a domain on a schedule.", no_args_is_help=True)
+    schedule = typer.Typer(no_args_is_help=True)
     schedule.command()(render)
     schedule.callback()(_schedule)
     app.add_typer(schedule, name="schedule")
 
 
 def _schedule() -> None:
-    """Retrain a domain on a schedule."""
+    """Retrain a domain on a schedule: hatchery schedule render configs/domain/text.yaml."""
 
 
 def retrain(
@@ -54,9 +54,11 @@ def render(
         Literal["cronjob", "raycronjob", "cron"],
         typer.Option(help="Kubernetes CronJob of a RayJob; KubeRay's RayCronJob (alpha); a crontab line."),
     ] = "cronjob",
+    debug: Tracebacks = False,
 ) -> None:
     """Print manifests for kubectl, or a crontab line, that retrain the domain on its schedule."""
     from pipeline import cronjobs
     from pipeline.domain import load_domain
 
-    typer.echo(cronjobs.render(load_domain(domain, override or []), kind, domain), nl=False)
+    overrides = override or []
+    typer.echo(cronjobs.render(load_domain(domain, overrides), kind, domain, overrides), nl=False)

@@ -29,15 +29,27 @@ class ScheduleConfig(Settings):
         "0 3 * * *", pattern=r"^\S+ \S+ \S+ \S+ \S+$", description="five fields: minute hour day month weekday"
     )
     namespace: str = "default"
-    image: str = Field("rayproject/ray:2.60.0-py311", description="of Ray's pods, with all dependencies")
-    working_dir: str = Field("/hatchery", description="where the image holds this project")
+    image: str | None = Field(
+        None, description="of Ray's pods, with this project and all dependencies: built from infra/Dockerfile"
+    )
+    working_dir: str = Field(
+        "/hatchery",
+        pattern="^/",
+        description="where the image, or the machine of the plain cron line, has this project",
+    )
     ray_address: str = Field("http://127.0.0.1:8265", description="dashboard that the plain cron line submits to")
+    ray: str | None = Field(
+        None, pattern="^/", description="path of `ray` for the plain cron line; null: working_dir/.venv/bin/ray"
+    )
+    runtime_env: str | None = Field(
+        None, pattern="^/", description="YAML file that the plain cron line hands to Ray: env_vars of S3 and MLflow"
+    )
     workers: int = Field(1, ge=0, description="worker pods")
     cpus: int = Field(8, ge=1, description="CPU cores of each pod")
     memory_gib: int = Field(32, ge=1, description="memory of each pod")
     gpus: int = Field(0, ge=0, description="GPUs of each worker pod")
     history: int = Field(3, ge=0, le=20, description="finished jobs kept, failed ones likewise")
-    deadline_s: int = Field(86_400, ge=60, description="a retraining is ended after this time")
+    deadline_s: int = Field(86_400, ge=60, description="an attempt is ended after this time; a cluster makes two")
     env_secret: str | None = Field(None, description="Kubernetes secret whose keys become environment variables")
 
 

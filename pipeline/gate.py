@@ -76,7 +76,7 @@ def _condition(found: Comparison, bound: float, rule: GateConfig, wanted: str) -
     interval = f" ({found.low:+.4f} .. {found.high:+.4f})" if by_interval else ""
     text = (
         f"{found.metric} on {found.set} {found.mine:.4f} against {found.theirs:.4f}, "
-        f"{found.difference:+.4f}{interval}, {'' if holds else 'not '}{wanted}"
+        f"{found.difference:+.4f}{interval}, required: {wanted}{' by the whole interval' if by_interval else ''}"
     )
     return Condition(text=text, holds=holds, figures=found)
 
@@ -88,7 +88,6 @@ def _cost_conditions(costs: Costs, rule: GateConfig) -> list[Condition]:
         ("parameters", costs.growth, rule.max_growth),
     ):
         if limit is not None:
-            holds = value <= limit
-            text = f"{what} {value:.3f} of the rival's, {'' if holds else 'not '}at most {limit:g}"
-            conditions.append(Condition(text=text, holds=holds))
+            text = f"{what} {value:.3f} of the rival's, required: at most {limit:g}"
+            conditions.append(Condition(text=text, holds=value <= limit))
     return conditions

@@ -100,10 +100,14 @@ def run(request: Request, console: Console, address: str | None = None, debug: b
                 console.print(report.image_table(results[-1]))
     archs = {found.title: found.arch for found in given}
     compared = _comparisons(results, given)
-    for shown in (report.table(results), report.published_table(results, archs), compared):
+    table = report.comparison_table(compared) if compared else None
+    for shown in (report.table(results), report.published_table(results, archs), table):
         if shown is not None:
             console.print(shown)
     stages.write_reports(results, archs, out)
+    if compared:
+        (out / "comparisons.json").write_text(report.comparisons_json(given[0].title, compared))
+        (out / "comparisons.csv").write_text(report.comparisons_csv(given[0].title, compared))
     console.print(f"reports: {out}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -123,9 +127,8 @@ def _judge(
     return judged.result
 
 
-def _comparisons(results: list[SetResult], given: list[Given]) -> Any:
+def _comparisons(results: list[SetResult], given: list[Given]) -> list[compare.Comparison]:
     first, *others = (found.title for found in given)
     by_name = {(result.model, result.set): result for result in results}
     names = dict.fromkeys(result.set for result in results)
-    found = [compare.compare(by_name[first, name], by_name[other, name]) for other in others for name in names]
-    return report.comparison_table(found) if found else None
+    return [compare.compare(by_name[first, name], by_name[other, name]) for other in others for name in names]

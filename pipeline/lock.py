@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -52,10 +52,7 @@ class StorageLock:
         self.record: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "purpose": purpose,
-            "owner": f"{os.environ.get('USER', 'root')}@{socket.gethostname()}, process {os.getpid()}",
-            "machine": _machine(),
-            "pid": os.getpid(),
-            "process_started": psutil.Process().create_time(),
+            **this_process(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "beat": 0,
         }
@@ -103,7 +100,7 @@ class StorageLock:
         seen = self._read()
         if seen is None:
             return
-        if not _died_here(seen):
+        if not died_here(seen):
             self._watch(seen)
         found = self._read()
         if found is not None and (found["token"], found["beat"]) == (seen["token"], seen["beat"]):
@@ -141,7 +138,17 @@ class StorageLock:
                 continue  # the storage is away for now; what writes results says so if it stays away
 
 
-def _died_here(record: dict[str, Any]) -> bool:
+def this_process() -> dict[str, Any]:
+    """What a lock's record says of its owner: for people, and for `died_here`."""
+    return {
+        "owner": f"{os.environ.get('USER', 'root')}@{socket.gethostname()}, process {os.getpid()}",
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+    }
+
+
+def died_here(record: Mapping[str, Any]) -> bool:
     """Whether the owner was a process of this machine that is no more."""
     if record["machine"] != _machine():
         return False

@@ -63,6 +63,7 @@ def prepare(recipe: Recipe, choice: Choice) -> tuple[list[Stage], set[str], Trac
 
 def dry_run(recipe: Recipe, choice: Choice, console: Console) -> None:
     """Print which stages are done and which would run, with their steps."""
+    recipe = cascade.pinned(recipe)
     found, chosen, tracker = prepare(recipe, choice)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     width = max(len(entry.stage.name) for entry in planned)
@@ -85,6 +86,7 @@ def run(
     recipe: Recipe, choice: Choice, console: Console, address: str | None = None, debug: bool = False
 ) -> dict[str, Artifact]:
     """Run the chosen stages of a recipe, on a Ray cluster only if there is something to do; all that are finished."""
+    recipe = cascade.pinned(recipe)
     found, chosen, tracker = prepare(recipe, choice)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     status = "FAILED"

@@ -50,7 +50,7 @@ def promote(
 ) -> Decision:
     """Ask `judge` about the present champion (None: there is none) and move the aliases if it says so.
 
-    The verdict is kept with the version either way. ValueError where somebody else is promoting, or has promoted
+    The decision is kept with the version either way. ValueError where somebody else is promoting, or has promoted
     since the verdict was made.
     """
     with promotion_lock(client, name):
@@ -59,17 +59,26 @@ def promote(
     if champion is not None and champion.version == candidate.version:
         return _decision(name, candidate, True, candidate.tags.get(DECISION_TAG, "is champion already"))
     verdict = judge(champion)
-    _keep(client, name, candidate, verdict)
     if verdict.promoted:
-        with promotion_lock(client, name):
-            now = registry.by_alias(client, name, "champion")
-            if (now and now.version) != (champion and champion.version):
-                raise ValueError(
-                    f"{name} version {candidate.version} is not promoted: version {now.version if now else 'none'} "
-                    f"became champion meanwhile; call again to compare with it"
-                )
-            _record(client, name, "promote", str(candidate.version), verdict.reason)
+        _promote_unless_outrun(client, name, candidate, champion, verdict)
+    _keep(client, name, candidate, verdict)
     return _decision(name, candidate, verdict.promoted, verdict.reason)
+
+
+def _promote_unless_outrun(
+    client: MlflowClient, name: str, candidate: ModelVersion, judged: ModelVersion | None, verdict: Verdict
+) -> None:
+    """Move the aliases if the champion is still the one that was judged against; ValueError, kept as well, if not."""
+    with promotion_lock(client, name):
+        now = registry.by_alias(client, name, "champion")
+        if (now and now.version) == (judged and judged.version):
+            _record(client, name, "promote", str(candidate.version), verdict.reason)
+            return
+    if now is not None and now.version == candidate.version:
+        return  # another call with the same candidate was quicker
+    outrun = f"version {now.version if now else 'none'} became champion meanwhile; call again to compare with it"
+    _keep(client, name, candidate, Verdict(promoted=False, reason=f"not promoted: {outrun}", rival=verdict.rival))
+    raise ValueError(f"{name} version {candidate.version} is not promoted: {outrun}")
 
 
 def rollback(client: MlflowClient, name: str, reason: str) -> Event:
@@ -122,6 +131,8 @@ def _complete(client: MlflowClient, name: str, event: Event) -> Event:
     if event.before is not None:
         client.set_registered_model_alias(name, "previous", event.before)
     client.set_registered_model_alias(name, "champion", event.version)
+    if event.action == "promote":
+        _tell(client, name, event.version, True, event.reason)
     done = event.model_copy(update={"done": True})
     _write(client, name, done)
     return done
@@ -133,18 +144,21 @@ def _write(client: MlflowClient, name: str, event: Event) -> None:
 
 def _keep(client: MlflowClient, name: str, candidate: ModelVersion, verdict: Verdict) -> None:
     """The verdict as tags of the version and, whole, as an artifact of its run."""
-    tags = {DECISION_TAG: verdict.reason, "hatchery.promoted": str(verdict.promoted).lower()}
+    _tell(client, name, candidate.version, verdict.promoted, verdict.reason)
     for condition in verdict.conditions:
         if (found := condition.figures) is not None:
-            tags[f"hatchery.gain.{found.metric}.{found.set}"] = (
-                f"{found.difference:+.6f} ({found.low:+.6f} .. {found.high:+.6f})"
-            )
-    for key, value in tags.items():
-        client.set_model_version_tag(name, candidate.version, key, value[:_TAG_CHARS])
+            gain = f"{found.difference:+.6f} ({found.low:+.6f} .. {found.high:+.6f})"
+            client.set_model_version_tag(name, candidate.version, f"hatchery.gain.{found.metric}.{found.set}", gain)
     if candidate.run_id:
         client.log_dict(
             candidate.run_id, verdict.model_dump(mode="json"), f"decisions/{name}-version-{candidate.version}.json"
         )
+
+
+def _tell(client: MlflowClient, name: str, version: str, promoted: bool, reason: str) -> None:
+    """The decision in short as tags of a version, which lists of versions show."""
+    client.set_model_version_tag(name, version, "hatchery.promoted", str(promoted).lower())
+    client.set_model_version_tag(name, version, DECISION_TAG, reason[:_TAG_CHARS])
 
 
 def _decision(name: str, candidate: ModelVersion, promoted: bool, reason: str) -> Decision:

@@ -30,6 +30,10 @@ class Published(Settings):
         """The row's name, with what it was trained on beside DF2K."""
         return f"{self.model} + {self.extra}" if self.extra else self.model
 
+    def figure(self, name: str) -> float | None:
+        """PSNR-Y on a set, whose name is compared without case; None where the paper tells none."""
+        return {key.lower(): value for key, value in self.psnr_y.items()}.get(name.lower())
+
 
 @functools.cache
 def rows() -> tuple[Published, ...]:
@@ -39,13 +43,11 @@ def rows() -> tuple[Published, ...]:
 
 
 def beside(arch: str | None, scale: int, name: str) -> list[Published]:
-    """The rows of one network at one scale that tell a figure for a set; set names are compared without case."""
-    found = []
-    for row in rows():
-        known = {key.lower() for key in row.psnr_y}
-        if arch is not None and row.arch == arch and row.scale == scale and name.lower() in known:
-            found.append(row)
-    return found
+    """The rows at one scale that tell a figure for a set; set names are compared without case.
+
+    Those of bicubic interpolation and of networks that this project does not build, for reference, then the network's.
+    """
+    return [row for row in rows() if row.arch in (None, arch) and row.scale == scale and row.figure(name) is not None]
 
 
 def preset_of(state: Mapping[str, Tensor]) -> str | None:

@@ -21,6 +21,7 @@ from mlflow.types import Schema, TensorSpec
 from pipeline import report
 from pipeline.config import RegistryConfig
 from pipeline.evaluate import SetResult
+from pipeline.registry_lock import is_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENT_TAG, SCALE_TAG = "hatchery.content", "hatchery.scale"
@@ -129,8 +130,9 @@ def registered(client: MlflowClient, name: str) -> RegisteredModel:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        known = ", ".join(model.name for model in client.search_registered_models(max_results=10)) or "none yet"
-        raise ValueError(f"no registered model {name!r}; registered are: {known}") from error
+        known = [model.name for model in client.search_registered_models() if not is_lock(model.name)]
+        shown = ", ".join(known[:10]) or "none yet"
+        raise ValueError(f"no registered model {name!r}; registered are: {shown}") from error
 
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:
@@ -143,13 +145,15 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
     if alias:
         by_name = by_alias(client, name, alias)
         if by_name is None:
-            raise ValueError(f"{uri}: {name} has no version called {alias}: promote one, or name a version by number")
+            remedy = "promote" if alias == "champion" else "register"
+            raise ValueError(f"{uri}: {name} has no version called {alias}: {remedy} one, or name a version by number")
         return by_name
     try:
         return client.get_model_version(name, version)
     except MlflowException as error:
-        newest = client.search_model_versions(f"name = '{name}'", max_results=1)
-        raise ValueError(f"{uri}: {name} has no version {version}, its newest is {newest[0].version}") from error
+        held = [int(found.version) for found in client.search_model_versions(f"name = '{name}'")]
+        known = f"its newest is {max(held)}" if held else "nor any other: register one"
+        raise ValueError(f"{uri}: {name} has no version {version}, {known}") from error
 
 
 def fetch(version: ModelVersion, file: str, folder: Path) -> Path:

@@ -1,21 +1,25 @@
 """One process at a time may move a registered model's aliases.
 
 MLflow's one atomic operation that every server has is making a registered model: of two callers with the same name
-one fails. The lock is such a name, `NAME.lock-G`, held for seconds. One older than `STALE_S` belongs to a process
-that died: whoever makes the next generation has it, and of several again just one.
+one fails. The lock is such a name, `NAME.lock-G`, held for seconds; judging is done outside of it. One whose process
+died on this machine, or elsewhere is older than `STALE_S`, is dead: whoever makes the next generation has it, and of
+several again just one.
 """
 
 import contextlib
-import os
-import socket
+import json
+import re
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-STALE_S = 600.0
-_OWNER, _SINCE = "hatchery.owner", "hatchery.since"
+from pipeline.lock import died_here, this_process
+
+STALE_S = 60.0
+_HOLDER = "hatchery.holder"
 
 
 class Busy(ValueError):
@@ -27,17 +31,17 @@ def promotion_lock(client: MlflowClient, name: str) -> Iterator[None]:
     """Held for the time of the block; raises Busy at once where another process holds it."""
     held = _locks(client, name)
     if held:
-        owner, since = held[max(held)]
-        if time.time() - since < STALE_S:
-            raise _busy(name, owner, since)
+        last = held[max(held)]
+        if not died_here(last) and time.time() - last["since"] < STALE_S:
+            raise _busy(name, last)
     mine = f"{name}.lock-{max(held, default=-1) + 1}"
-    owner = f"{socket.gethostname()} process {os.getpid()}"
+    me = this_process() | {"since": time.time()}
     try:
-        client.create_registered_model(mine, tags={_OWNER: owner, _SINCE: f"{time.time():.3f}"})
+        client.create_registered_model(mine, tags={_HOLDER: json.dumps(me)})
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        raise _busy(name, "another process", time.time()) from error
+        raise _busy(name, {"owner": "another process", "since": time.time()}) from error
     try:
         for generation in held:
             _delete(client, f"{name}.lock-{generation}")
@@ -46,14 +50,19 @@ def promotion_lock(client: MlflowClient, name: str) -> Iterator[None]:
         _delete(client, mine)
 
 
-def _locks(client: MlflowClient, name: str) -> dict[int, tuple[str, float]]:
-    """Generation -> (owner, since when in seconds since 1970) of every lock that is there."""
+def is_lock(name: str) -> bool:
+    """Whether a registered model is a lock rather than a model."""
+    return re.search(r"\.lock-\d+$", name) is not None
+
+
+def _locks(client: MlflowClient, name: str) -> dict[int, dict[str, Any]]:
+    """Generation -> who holds it, and `since` when in seconds since 1970, of every lock that is there."""
     prefix = f"{name}.lock-"
     found = {}
     for model in client.search_registered_models(filter_string=f"name LIKE '{prefix}%'"):
-        number = model.name.removeprefix(prefix)
-        if number.isdigit():
-            found[int(number)] = model.tags.get(_OWNER, "?"), float(model.tags.get(_SINCE, 0))
+        if is_lock(model.name) and model.name.startswith(prefix):
+            unknown = {"owner": "?", "machine": "?", "since": 0}
+            found[int(model.name.removeprefix(prefix))] = unknown | json.loads(model.tags.get(_HOLDER, "{}"))
     return found
 
 
@@ -65,7 +74,6 @@ def _delete(client: MlflowClient, lock: str) -> None:
             raise
 
 
-def _busy(name: str, owner: str, since: float) -> Busy:
-    return Busy(
-        f"{name} is being promoted by {owner} since {max(0, time.time() - since):.0f} s: wait for it, then call again"
-    )
+def _busy(name: str, holder: dict[str, Any]) -> Busy:
+    waited_s = max(0, time.time() - holder["since"])
+    return Busy(f"{name} is being promoted by {holder['owner']} since {waited_s:.0f} s: wait for it, then call again")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.table import Table
 from pipeline import published
 from pipeline.compare import Comparison
 from pipeline.evaluate import ImageResult, SetResult
+from pipeline.settings import Settings
 
 _FIGURES = tuple(f"{who}{metric}" for who in ("", "bicubic_") for metric in ("psnr_y", "ssim_y", "psnr_rgb", "lpips"))
 
@@ -41,20 +43,26 @@ def table(results: list[SetResult]) -> Table:
 
 
 def published_table(results: list[SetResult], archs: dict[str, str | None]) -> Table | None:
-    """Ours beside the papers' figures for the same network and scale, or None; archs: model -> preset or None."""
+    """Ours beside the papers' figures, or None where they tell none of the sets; archs: model -> preset or None.
+
+    Bicubic interpolation of a set stands beside the published one, a network beside the same network's figures and
+    beside others' that are given for reference.
+    """
     made = Table(title="Beside the published figures (PSNR-Y, dB)", title_justify="left")
     for heading in ("set", "scale", "model", "published as"):
         made.add_column(heading)
     for heading in ("ours", "published", "difference"):
         made.add_column(heading, justify="right")
+    lines: dict[tuple[str, ...], tuple[float, float]] = {}  # bicubic once per set, whatever the models
     for result in results:
         for row in published.beside(archs.get(result.model), result.scale, result.set):
-            figure = next(value for name, value in row.psnr_y.items() if name.lower() == result.set.lower())
-            difference = f"{result.psnr_y - figure:+.3f}"
-            scale = f"x{result.scale}"
-            made.add_row(
-                result.set, scale, result.model, row.title, f"{result.psnr_y:.3f}", f"{figure:.2f}", difference
-            )
+            bicubic = row.model == "bicubic"
+            model, ours = ("bicubic", result.bicubic_psnr_y) if bicubic else (result.model, result.psnr_y)
+            figure = row.figure(result.set)
+            assert figure is not None
+            lines[result.set, f"x{result.scale}", model, row.title] = ours, figure
+    for names, (ours, figure) in lines.items():
+        made.add_row(*names, f"{ours:.3f}", f"{figure:.2f}", f"{ours - figure:+.3f}")
     return made if made.row_count else None
 
 
@@ -105,6 +113,16 @@ def from_json(text: str | bytes) -> list[SetResult]:
     return [SetResult.model_validate(entry) for entry in json.loads(text)]
 
 
+def comparisons_json(model: str, comparisons: list[Comparison]) -> str:
+    """One model less others, paired by image."""
+    return json.dumps([{"model": model, **found.model_dump(mode="json")} for found in comparisons], indent=1)
+
+
+def comparisons_csv(model: str, comparisons: list[Comparison]) -> str:
+    """One line per set and rival."""
+    return _csv(("model", *Comparison.model_fields), [(found, {"model": model}) for found in comparisons])
+
+
 def as_csv(results: list[SetResult]) -> str:
     """One line per set and model."""
     return _csv(("set", "scale", "model", *_FIGURES), [(result, {}) for result in results])
@@ -119,7 +137,7 @@ def images_csv(results: list[SetResult]) -> str:
     return _csv(("set", "scale", "model", "image", "digest", *_FIGURES), lines)
 
 
-def _csv(columns: tuple[str, ...], lines: list[tuple[SetResult | ImageResult, dict[str, object]]]) -> str:
+def _csv(columns: tuple[str, ...], lines: Sequence[tuple[Settings, dict[str, object]]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -34,6 +34,7 @@ def judge_candidate(
     title = f"champion version {rival.version}" if champion else f"{rival.name} version {rival.version}, its start"
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
         theirs = rival_results(rival, mine, rule, sets, include, Path(folder))
+        mine = rival_results(candidate, theirs, rule, sets, include, Path(folder), mine)  # a set may have grown since
         costs = None
         if rule.max_slowdown is not None or rule.max_growth is not None:
             costs = compare_costs(candidate, rival, Path(folder))
@@ -53,9 +54,13 @@ def rival_results(
     sets: Mapping[str, str],
     include: Mapping[str, tuple[str, ...]],
     folder: Path,
+    known: list[SetResult] | None = None,
 ) -> list[SetResult]:
-    """The rival's results on the rule's sets, on the same images and by the same protocol as `mine`."""
-    carried = {result.set: result for result in registry.read_report(rival, folder)}
+    """The rival's results on the rule's sets, on the same images and by the same protocol as `mine`.
+
+    known: results to be used again where they fit; None: those that the version carries.
+    """
+    carried = {result.set: result for result in (registry.read_report(rival, folder) if known is None else known)}
     found, weights = [], None
     for result in mine:
         if result.set not in rule.sets:
@@ -63,7 +68,8 @@ def rival_results(
         if result.set in carried and _comparable(carried[result.set], result):
             found.append(carried[result.set])
             continue
-        weights = weights or Weights.put(*registry.read_weights(rival, folder))
+        (place := folder / f"{rival.name}-{rival.version}").mkdir(exist_ok=True)
+        weights = weights or Weights.put(*registry.read_weights(rival, place))
         images = read_set(sets[result.set], result.scale, tuple(include.get(result.set, ())))
         name = f"{rival.name} version {rival.version}"
         found.append(evaluate(name, result.scale, weights, result.set, images, result.protocol).result)

@@ -1,5 +1,6 @@
 """Judgement on the published Set5 files: the bicubic rows are design.md's to the last digit."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_the_command_judges_anybodys_weights_and_compares_them(tmp_path: Path) -
     assert done.returncode == 0, done.stderr[-3000:]
     assert "33.678" in done.stdout
     assert "Paired by image" in done.stdout
+    compared = json.loads((tmp_path / "out" / "comparisons.json").read_text())
+    assert [(entry["model"], entry["rival"], entry["set"]) for entry in compared] == [
+        ("a", "b", "Set5"),
+        ("a", "b", "mine"),
+    ]
+    assert len((tmp_path / "out" / "comparisons.csv").read_text().splitlines()) == 3
+    assert "33.66" in done.stdout  # published bicubic
     results = report.from_json((tmp_path / "out" / "results.json").read_text())
     assert [(r.model, r.set) for r in results] == [("a", "Set5"), ("a", "mine"), ("b", "Set5"), ("b", "mine")]
     # the LR of a folder of plain images is made by exact bicubic: the same figures as with the published file

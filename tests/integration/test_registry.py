@@ -1,7 +1,11 @@
 """Registration and the gate on a real MLflow store (SQLite): who becomes champion, and why."""
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,12 +14,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 from PIL import Image
+from rich.console import Console
 
 from model import build, load
 from model.inference import upscale
 from model.weights import save_pth
-from pipeline import promotion, registry, report
+from pipeline import lineage, pretrain, promotion, registry, report
+from pipeline.artifact import Artifact
 from pipeline.cli import main
+from pipeline.config import Recipe, load_recipe
 from pipeline.evaluate import SetResult
 from pipeline.gate import Verdict, decide
 from pipeline.lineage import PARENT_TAG
@@ -23,6 +30,7 @@ from pipeline.promotion import Decision
 from pipeline.registry_lock import Busy, promotion_lock
 from pipeline.rivals import judge_candidate
 from pipeline.rule import GateConfig
+from tests.shared_data import ROOT
 from tests.unit.pipeline.figures import judged
 
 pytestmark = pytest.mark.integration
@@ -113,12 +121,28 @@ def test_two_promotions_at_once_one_wins_and_the_other_says_so(store: Registry) 
     with pytest.raises(ValueError, match=r"version 1 is not promoted: version 2 became champion meanwhile"):
         promotion.promote(store.client, "m-x2", slow, judge_slowly)
     assert store.alias("champion") == "2"
+    tags = store.client.get_model_version("m-x2", "1").tags
+    assert tags["hatchery.promoted"] == "false"
+    assert tags["hatchery.decision"].startswith("not promoted: version 2 became champion meanwhile")
     with (
         promotion_lock(store.client, "m-x2"),
         pytest.raises(Busy, match=r"m-x2 is being promoted by .* process \d+ since 0 s: wait"),
     ):
         promotion.rollback(store.client, "m-x2", "now")
     assert store.client.search_registered_models("name LIKE 'm-x2.lock-%'") == []
+
+
+def test_two_promotions_of_one_version_agree(store: Registry) -> None:
+    only = store.register("only", result(31.0))
+    good = Verdict(promoted=True, reason="good", rival="none")
+
+    def judge_slowly(champion: registry.ModelVersion | None) -> Verdict:
+        promotion.promote(store.client, "m-x2", only, lambda _: good)
+        return good
+
+    assert promotion.promote(store.client, "m-x2", only, judge_slowly).promoted
+    assert store.client.get_model_version("m-x2", "1").tags["hatchery.promoted"] == "true"
+    assert len(promotion.history(store.client, "m-x2")) == 1
 
 
 def test_of_many_that_want_the_lock_at_once_one_gets_it(store: Registry) -> None:
@@ -134,11 +158,64 @@ def test_of_many_that_want_the_lock_at_once_one_gets_it(store: Registry) -> None
         assert sorted(pool.map(hold, range(4))) == ["busy", "busy", "busy", "held"]
 
 
-def test_a_dead_owners_lock_is_taken_over(store: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.client.create_registered_model("m-x2.lock-3", tags={"hatchery.owner": "gone", "hatchery.since": "1000"})
+def locked(store: Registry, generation: int, **holder: object) -> None:
+    tags = {"hatchery.holder": json.dumps({"owner": "x", "machine": "another one", "since": time.time()} | holder)}
+    store.client.create_registered_model(f"m-x2.lock-{generation}", tags=tags)
+
+
+def test_a_lock_of_another_machine_is_followed_after_a_while(store: Registry) -> None:
+    locked(store, 3, owner="somebody@elsewhere")
+    with pytest.raises(Busy, match=r"by somebody@elsewhere since \d s"), promotion_lock(store.client, "m-x2"):
+        pass
+    locked(store, 4, since=time.time() - 61)
     with promotion_lock(store.client, "m-x2"):
         held = [model.name for model in store.client.search_registered_models("name LIKE 'm-x2.lock-%'")]
-        assert held == ["m-x2.lock-4"]
+        assert held == ["m-x2.lock-5"]
+
+
+PROMOTE_AND_STOP = """
+import sys, time
+from mlflow import MlflowClient
+from pipeline import promotion
+from pipeline.gate import Verdict
+
+client = MlflowClient(sys.argv[1])
+moved = client.set_registered_model_alias
+
+def move(name, alias, version):
+    if alias == "champion":
+        print("between the aliases", flush=True)
+        time.sleep(60)
+    moved(name, alias, version)
+
+client.set_registered_model_alias = move
+better = Verdict(promoted=True, reason="better", rival="version 1")
+promotion.promote(client, "m-x2", client.get_model_version("m-x2", "2"), lambda champion: better)
+"""
+
+
+def test_a_promotion_that_was_killed_is_completed_by_the_next_call_at_once(store: Registry) -> None:
+    store.promote("first", result(31.0))
+    store.register("second", result(32.0))
+    command = [sys.executable, "-c", PROMOTE_AND_STOP, store.uri]
+    killed = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "between the aliases\n"
+    with pytest.raises(Busy, match=rf"process {killed.pid} since"):
+        promotion.rollback(store.client, "m-x2", "while it lives")
+    with pytest.raises(ValueError, match=r"no registered model 'other'; registered are: m-x2$"):
+        registry.registered(store.client, "other")
+    killed.kill()
+    killed.wait()
+    assert store.aliases() == ("2", "1", "1")
+    begin = time.monotonic()
+    assert store.promote("second", result(32.0)).promoted
+    assert time.monotonic() - begin < 10
+    assert store.aliases() == ("2", "2", "1")
+    assert [(e.version, e.done) for e in promotion.history(store.client, "m-x2")] == [("1", True), ("2", True)]
+    tags = store.client.get_model_version("m-x2", "2").tags
+    assert (tags["hatchery.promoted"], tags["hatchery.decision"]) == ("true", "better")
+    assert store.client.search_registered_models("name LIKE 'm-x2.lock-%'") == []
 
 
 def test_a_crash_while_aliases_move_is_completed_by_the_next_call(
@@ -173,17 +250,61 @@ def test_without_a_champion_the_version_it_was_started_from_is_the_rival(store: 
     assert verdict.promoted
     assert "better than m-x2 version 1, its start" in verdict.reason
     costs = RULE.model_copy(update={"max_growth": 0.5})
-    assert "parameters 1.000 of the rival's, not at most 0.5" in (
+    assert "parameters 1.000 of the rival's, required: at most 0.5" in (
         judge_candidate([result(31.2)], tuned, None, costs, {}, {}).reason
     )
 
 
+def test_both_are_judged_again_where_the_set_has_grown(store: Registry, ray_local: object, tmp_path: Path) -> None:
+    """An older version is put to the gate after images were added, while the champion was judged on all of them."""
+    (tmp_path / "Set5").mkdir()
+    for seed in range(3):
+        image = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "Set5" / f"{seed}.png")
+    older, champion = (judged([31.0] * images) for images in (2, 3))
+    versions = [store.register(f"{len(found.images)}", found) for found in (older, champion)]
+    rule = GateConfig(better={"Set5": -1.0})
+    verdict = judge_candidate([older], versions[0], versions[1], rule, {"Set5": f"{tmp_path}/Set5"}, {})
+    (condition,) = verdict.conditions
+    assert verdict.promoted
+    assert condition.figures is not None
+    assert condition.figures.images == 3
+    assert condition.figures.difference == 0  # the same weights
+    assert condition.figures.mine < 30
+
+
+@pytest.mark.parametrize("command", [pretrain.run, pretrain.dry_run])
+def test_an_alias_is_resolved_once_before_anything_reads_it(
+    store: Registry, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
+) -> None:
+    """Else another champion's weights could be fine-tuned than the fingerprint and the lineage tell."""
+    store.promote("first", result(31.0))
+    start = ["trainings.pretrain-x2.init_weights=models:/m-x2@champion", "trainings.pretrain-x2.start=published"]
+    recipe = load_recipe("demo", [*start, f"tracking.uri={store.uri}"])
+    prepared = []
+
+    def prepare(recipe: Recipe, choice: pretrain.Choice) -> None:
+        prepared.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "prepare", prepare)
+    with pytest.raises(KeyboardInterrupt):
+        command(recipe, pretrain.Choice(), Console())
+    store.promote("second", result(32.0))
+    artifact = Artifact(stage="pretrain-x2", uri="", fingerprint="", digest="")
+    tags = lineage.tags(prepared[0], "pretrain-x2", {"pretrain-x2": artifact})
+    assert tags[PARENT_TAG] == "models:/m-x2/1"
+
+
 def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
     store.register("only", result(31.0))
+    store.client.create_registered_model("empty")
     for uri, words in {
-        "models:/other@champion": "no registered model 'other'; registered are: m-x2",
+        "models:/other@champion": "no registered model 'other'; registered are: empty, m-x2",
         "models:/m-x2@champion": "no version called champion: promote one",
         "models:/m-x2/9": "has no version 9, its newest is 1",
+        "models:/empty/1": "empty has no version 1, nor any other: register one",
+        "models:/empty@candidate": "empty has no version called candidate: register one, or name a version by number",
         "models:/m-x2": "not of the form",
     }.items():
         with pytest.raises(ValueError, match=words):

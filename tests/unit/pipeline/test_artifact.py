@@ -1,5 +1,8 @@
 """Artifacts: published whole or not at all, found again, checked when fetched."""
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from data_prep import storage
 from pipeline import artifact
 from pipeline.artifact import Artifact
+from tests.shared_data import ROOT
 
 
 def publish(folder: Path, content: bytes = b"weights") -> Artifact:
@@ -60,3 +64,36 @@ def test_a_marker_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_file_is_a_programmers_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="has no file 'nope'"):
         publish(tmp_path).file_uri("nope")
+
+
+def copy_of_the_code(folder: Path) -> Path:
+    for package in artifact.PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def test_the_revision_is_known_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a Ray job's uploaded folder, or an image."""
+    monkeypatch.delenv("HATCHERY_REVISION", raising=False)
+    here, there = copy_of_the_code(tmp_path / "a"), copy_of_the_code(tmp_path / "b")
+    found = artifact.revision(here)
+    assert re.fullmatch("source-[0-9a-f]{40}", found)
+    assert artifact.revision(there) == found
+    with (there / "pipeline" / "cli.py").open("a") as file:
+        file.write("\n")
+    assert artifact.revision(there) != found
+    monkeypatch.setenv("HATCHERY_REVISION", "v7")
+    assert artifact.revision(here) == "v7"
+    assert "ENV HATCHERY_REVISION=$HATCHERY_REVISION" in (ROOT / "infra" / "Dockerfile").read_text()
+
+
+def test_gits_revision_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HATCHERY_REVISION", "v7")
+    here = copy_of_the_code(tmp_path)
+    git = ["git", "-C", str(here), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    found = artifact.revision(here)
+    assert re.fullmatch("[0-9a-f]{40}", found)
+    (here / "pipeline" / "cli.py").write_text("")
+    assert artifact.revision(here) == f"{found}+changes"

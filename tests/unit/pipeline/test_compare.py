@@ -73,9 +73,10 @@ def candidate(on_new: float, on_set5: float) -> list[object]:
     ("on_new", "on_set5", "promoted", "words"),
     [
         (0.2, 0.0, True, "better than champion: psnr_y on new 31.2000 against 31.0000, +0.2000"),
-        (0.09, 0.0, False, "not more than +0.1"),
-        (0.2, -0.02, False, "not at least -0.05"),  # the mean would do, the lower end of the interval does not
-        (0.2, -0.01, True, "at least -0.05"),
+        (0.09, 0.0, False, "+0.0900 (+0.0900 .. +0.0900), required: more than +0.1 by the whole interval"),
+        # the mean would do, the lower end of the interval does not
+        (0.2, -0.02, False, "required: at least -0.05 by the whole interval"),
+        (0.2, -0.01, True, "required: at least -0.05"),
     ],
 )
 def test_every_line_of_the_rule_must_hold(on_new: float, on_set5: float, promoted: bool, words: str) -> None:
@@ -88,7 +89,9 @@ def test_every_line_of_the_rule_must_hold(on_new: float, on_set5: float, promote
 def test_the_rule_may_ask_for_means_only() -> None:
     by_mean = RULE.model_copy(update={"decide_by": "mean"})
     assert decide(candidate(0.2, -0.02), RIVAL, "champion", by_mean).promoted
-    assert not decide(candidate(0.2, -0.06), RIVAL, "champion", by_mean).promoted
+    refused = decide(candidate(0.2, -0.06), RIVAL, "champion", by_mean)
+    assert not refused.promoted
+    assert refused.reason.endswith("-0.0600, required: at least -0.05")
 
 
 def test_without_a_champion_bicubic_is_the_rival() -> None:
@@ -104,7 +107,7 @@ def test_costs_count_where_the_rule_limits_them() -> None:
     rule = RULE.model_copy(update={"max_slowdown": 1.1, "max_growth": 1.0})
     good = candidate(0.2, 0.0)
     assert decide(good, RIVAL, "champion", rule, Costs(slowdown=1.05, growth=1.0)).promoted
-    assert "time 1.300 of the rival's, not at most 1.1" in (
+    assert "time 1.300 of the rival's, required: at most 1.1" in (
         decide(good, RIVAL, "champion", rule, Costs(slowdown=1.3, growth=1.0)).reason
     )
     assert "parameters 2.000" in decide(good, RIVAL, "champion", rule, Costs(slowdown=1.0, growth=2.0)).reason

@@ -1,6 +1,7 @@
 """What users get wrong, in one line each, outside of recipes' own checks."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from pipeline import cluster, pretrain
 from pipeline.benchmark import read_pair, read_set, upscale_bicubic
 from pipeline.cli import main
 from pipeline.config import ComputeConfig, load_recipe
+from pipeline.domain import load_domain
+from pipeline.rule import GateConfig
+from pipeline.settings import load_settings
 from pipeline.tracking import Tracker, TrackingError
 from tests.shared_data import ROOT
 
@@ -131,3 +135,36 @@ def test_exit_codes_of_the_command(capsys: pytest.CaptureFixture[str], tmp_path:
             main(arguments)
         assert ended.value.code == code
     assert "8 of 8 stages to run, 6 training steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rollback", "m", "--tracking-uri", "nonsense://x"],
+        ["history", "m", "--tracking-uri", "nonsense://x"],
+        ["plan", "--recipe", "nope"],
+        ["shards", "ls", "/absent"],
+        ["shards", "verify", "/absent"],
+        ["schedule", "render", "/absent.yaml"],
+    ],
+)
+def test_debug_shows_where_an_error_comes_from(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--debug"])
+    assert ended.value.code == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["retrain"], ["schedule"], ["schedule", "render"], ["promote"]])
+def test_help_names_a_file_to_begin_with(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    told = capsys.readouterr().out
+    (example,) = set(re.findall(r"configs/[a-z/]+\.yaml", told))
+    if arguments == ["promote"]:
+        assert set(load_settings(GateConfig, ROOT / example, []).model_dump()) <= set(re.findall(r"\w+", told))
+    else:
+        load_domain(str(ROOT / example))

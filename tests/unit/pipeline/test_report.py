@@ -1,5 +1,7 @@
 """Reports and pictures of made-up results, and the published figures beside them."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from model import build
 from pipeline import pictures, published, report
 from pipeline.benchmark import Protocol, set_name
 from pipeline.compare import compare
+from pipeline.evaluate import SetResult
 from tests.unit.model.tiny import TINY
 from tests.unit.pipeline.figures import judged
 
@@ -40,9 +43,39 @@ def test_published_figures_stand_beside_the_same_network_only() -> None:
     assert "HAT + ImageNet" in shown
     assert "33.04" in shown
     assert "+0.060" in shown
-    assert report.published_table([result], {"w": None}) is None
-    assert report.published_table([judged([33.0], scale=2, model="w")], {"w": "hat"}) is None
-    assert [row.psnr_y["Urban100"] for row in published.beside("hat_l", 4, "urban100")] == [28.60]
+    assert "HAT" not in report.as_text(report.published_table([result], {"w": None}))
+    assert report.published_table([judged([33.0], "mine", "w", 4)], {"w": "hat"}) is None
+    found = [row for row in published.beside("hat_l", 4, "urban100") if row.arch == "hat_l"]
+    assert [row.figure("Urban100") for row in found] == [28.60]
+
+
+def shown_rows(*results: SetResult) -> list[list[str]]:
+    lines = report.as_text(report.published_table(list(results), {})).splitlines()
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+
+
+@pytest.mark.parametrize(("scale", "figure"), [(2, 33.66), (3, 30.39), (4, 28.42)])
+def test_bicubic_stands_beside_the_published_one_once_per_set(scale: int, figure: float) -> None:
+    rows = shown_rows(judged([33.0], scale=scale, model="a"), judged([34.0], scale=scale, model="b"))
+    bicubic = [row for row in rows if row[2] == "bicubic"]
+    assert bicubic == [
+        ["Set5", f"x{scale}", "bicubic", "bicubic", "30.000", f"{figure:.2f}", f"{30 - figure:+.3f}"],
+    ]
+    swin_ir = [row for row in rows if row[3] == "SwinIR"]
+    assert [row[2:] for row in swin_ir] == (
+        [["a", "SwinIR", "33.000", "32.92", "+0.080"], ["b", "SwinIR", "34.000", "32.92", "+1.080"]]
+        if scale == 4
+        else []
+    )
+
+
+def test_comparisons_are_files_too() -> None:
+    found = [compare(judged([33.0, 35]), judged([32.0, 35], model="b"))]
+    (entry,) = json.loads(report.comparisons_json("a", found))
+    assert (entry["model"], entry["rival"], entry["difference"], entry["low"], entry["high"]) == ("a", "b", 0.5, 0, 1)
+    header, line = report.comparisons_csv("a", found).splitlines()
+    assert header == "model,set,metric,images,mine,theirs,rival,difference,low,high,confidence"
+    assert line == "a,Set5,psnr_y,2,34.0,33.5,b,0.5,0.0,1.0,0.95"
 
 
 @pytest.mark.parametrize("arch", ["hat_s", "hat", "hat_l", "hmanet"])
