@@ -16,7 +16,7 @@ from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
 from model import build
-from model.weights import read_weights, save_network
+from model.weights import load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
@@ -192,7 +192,7 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
 def _export(weights: dict[str, torch.Tensor], work: Work, scale: int, lineage: dict[str, str]) -> dict[str, Path]:
     """Averaged weights as published .pth and .safetensors files."""
     network = build(work.recipe.model.arch, scale, **work.recipe.model.options)
-    network.load_state_dict(weights, strict=False)
+    load_parameters(network, weights)
     origin = {"recipe": work.recipe.name, "stage": work.stage.name, "fingerprint": work.fingerprint, **lineage}
     files = {PTH: work.folder / PTH, SAFETENSORS: work.folder / SAFETENSORS}
     save_network(files[PTH], network)

@@ -19,6 +19,7 @@ from data_prep.subimages import to_png
 from model.blocks import UpscalingNetwork
 from model.inference import upscale
 from model.metrics import psnr_y, ssim_y
+from model.weights import load_parameters
 from pipeline.config import Settings
 
 WEIGHTS, BEST = "weights.pt", "best.json"
@@ -50,7 +51,7 @@ class Validator:
 
         network: any of the architecture, on the device to work on; takes the weights and keeps them.
         """
-        network.load_state_dict(weights, strict=False)
+        load_parameters(network, weights)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         figures: list[tuple[float, float]] = []
         shown: dict[str, bytes] = {}
