@@ -204,7 +204,7 @@ class _Trace:
             return
         self.profiler.stop()
         name = f"profile-steps-{self.steps[0]}-{self.steps[1]}.json.gz"
-        with tempfile.TemporaryDirectory(prefix="hatchery-profile-") as folder:
+        with tempfile.TemporaryDirectory(prefix=storage.owned(checkpoint.FOLDER)) as folder:
             file = Path(folder, name)
             self.profiler.export_chrome_trace(str(file))
             uri = storage.join(self.run.job.checkpoints_uri, name)

@@ -20,6 +20,7 @@ from model.blocks import UpscalingNetwork
 from model.inference import upscale
 from model.metrics import psnr_y, ssim_y
 from model.weights import load_parameters
+from pipeline import checkpoint
 from pipeline.config import Settings
 
 WEIGHTS, BEST = "weights.pt", "best.json"
@@ -84,7 +85,7 @@ class Validator:
 
 
 def _publish(weights: dict[str, Tensor], found: Best, place: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="hatchery-best-") as folder:
+    with tempfile.TemporaryDirectory(prefix=storage.owned(checkpoint.FOLDER)) as folder:
         file = Path(folder, WEIGHTS)
         torch.save({"weights": weights, "best": found.model_dump()}, file)
         storage.upload(file, storage.join(place, WEIGHTS))

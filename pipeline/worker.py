@@ -58,6 +58,7 @@ class Run:
 
 def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None."""
+    checkpoint.sweep()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
