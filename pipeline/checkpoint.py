@@ -62,19 +62,23 @@ def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], pla
 
 
 def _upload(folder: Path, uri: str) -> ray.train.Checkpoint:
-    """Upload one rank's files, trying again while the storage does not answer; removes the local ones after."""
-    deadline = time.monotonic() + UPLOAD_PATIENCE_S
+    """Upload one rank's files; removes the local ones after."""
     for file in sorted(folder.iterdir()):
-        while True:
-            try:
-                storage.upload(file, storage.join(uri, file.name))
-                break
-            except storage.StorageError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(5)
+        upload(file, storage.join(uri, file.name))
     shutil.rmtree(folder)
     return open_at(uri)
+
+
+def upload(file: Path, uri: str, patience_s: float = UPLOAD_PATIENCE_S) -> None:
+    """Upload a local file, trying again while the storage does not answer; StorageError where it stays away."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return storage.upload(file, uri)
+        except storage.StorageError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(5)
 
 
 def sweep() -> None:

@@ -86,10 +86,10 @@ class Validator:
 
 def _publish(weights: dict[str, Tensor], found: Best, place: str) -> None:
     with tempfile.TemporaryDirectory(prefix=storage.owned(checkpoint.FOLDER)) as folder:
-        file = Path(folder, WEIGHTS)
-        torch.save({"weights": weights, "best": found.model_dump()}, file)
-        storage.upload(file, storage.join(place, WEIGHTS))
-    storage.write_bytes(storage.join(place, BEST), found.model_dump_json(indent=1).encode())
+        torch.save({"weights": weights, "best": found.model_dump()}, Path(folder, WEIGHTS))
+        Path(folder, BEST).write_text(found.model_dump_json(indent=1))
+        for name in (WEIGHTS, BEST):
+            checkpoint.upload(Path(folder, name), storage.join(place, name))
 
 
 def read_best(place: str, folder: Path) -> tuple[dict[str, Tensor], Best] | None:
