@@ -45,6 +45,7 @@ __all__ = [
     "iter_files",
     "join",
     "list_files",
+    "may_pass",
     "normalise",
     "open_seekable",
     "owned",
@@ -308,6 +309,14 @@ def _patient_s3(options: dict[str, str]) -> "FileSystem":
             return _patient_s3, (options,)
 
     return PatientS3(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=12), request_timeout=30, **options)
+
+
+def may_pass(error: StorageError) -> bool:
+    """Whether the same call may succeed later: the storage is away, busy or full, rather than that it said no."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return cause.errno not in _REMEDIES or cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(cause, Exception) and not isinstance(error, DamageError) and s3.may_pass(cause)
 
 
 @contextlib.contextmanager
