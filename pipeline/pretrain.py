@@ -91,6 +91,7 @@ def run(
     try:
         if any(entry.action == "run" for entry in planned):
             with cluster.connected(recipe.compute, address, debug), Display(console) as display:
+                tracker.say = display.say
                 if (lack := cluster.shortage(recipe.compute)) is not None:
                     display.say(lack)
                 artifacts = _run_stages(recipe, found, chosen, tracker, display)

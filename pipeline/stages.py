@@ -179,7 +179,7 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         for name, content in record.get("pictures", {}).items():
             work.tracker.log_bytes_later(work.run_id, f"validation/step-{step:08d}/{name}", content)
         for name, uri in record.get("files", {}).items():
-            work.tracker.log_bytes_later(work.run_id, name, storage.read_bytes(uri))
+            work.tracker.log_stored_later(work.run_id, name, uri)
         if metrics := record.get("metrics", {}):
             last.update(metrics)
             work.tracker.log_metrics(work.run_id, metrics, step)
