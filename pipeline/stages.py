@@ -30,7 +30,7 @@ from pipeline.plan import Stage
 from pipeline.progress import Display
 from pipeline.published import preset_of
 from pipeline.rivals import judge_candidate
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, warning_tags
 from pipeline.validate import ImagePair, read_best
 
 SAFETENSORS, PTH = "weights.safetensors", "weights.pth"
@@ -162,7 +162,7 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
 
 
 def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callable[[Record], None]:
-    """What becomes of rank 0's records: MLflow, the progress bar, and the last metrics for the artifact."""
+    """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
 
     def handle(record: Record) -> None:
         step, say = record["step"], f"      {work.stage.name}: "
@@ -173,7 +173,7 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
             work.display.say(f"{say}{used['workers_used']} process{plural} from step {step}, {used['precision_used']}")
         if "warning" in record:
             work.display.say(say + record["warning"])
-            work.tracker.tag_later(work.run_id, {f"hatchery.warning.{step}": record["warning"][:5000]})
+            work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))
         if "system" in record:
             work.tracker.log_metrics(work.run_id, record["system"], step)
         for name, content in record.get("pictures", {}).items():

@@ -33,7 +33,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 RECIPE_TAG, STAGE_TAG, FINGERPRINT_TAG = "hatchery.recipe_digest", "hatchery.stage", "hatchery.fingerprint"
 _AWAY_S = 10  # between two tries while the server is away
-_BATCH, _PARAM_CHARS = 100, 6000  # MLflow's limits on params per call and characters per value
+_BATCH, _PARAM_CHARS, _TAG_CHARS = 100, 6000, 5000  # MLflow's limits on entries per call and characters per value
 
 
 class Tracker:
@@ -242,6 +242,16 @@ class Tracker:
         if self.uri.startswith(("http://", "https://")):
             return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.parent_id}"
         return f"mlflow ui --backend-store-uri {self.uri}"
+
+
+def warning_tags(step: int, text: str) -> dict[str, str]:
+    """A warning as tags of a run, as many as its length takes.
+
+    Their names depend on the text: all ranks warn of the same step, and of one that is repeated after going back.
+    """
+    name = f"hatchery.warning.{step}.{config.digest_of(text)[:8]}"
+    parts = [text[begin : begin + _TAG_CHARS] for begin in range(0, len(text), _TAG_CHARS)]
+    return {f"{name}.{number}" if number else name: part for number, part in enumerate(parts)}
 
 
 def _folder_of(name: str) -> str | None:

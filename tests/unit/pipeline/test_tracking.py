@@ -1,11 +1,13 @@
 """What becomes of the entries that MLflow does not take: kept where that may pass, else dropped, and said."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pipeline import stages
 from pipeline.tracking import Tracker, TrackingError
 from tests.unit.pipeline.test_faults import recipe_in
 
@@ -80,3 +82,24 @@ def test_what_cannot_wait_ends_in_one_line(tracker: Tracker, monkeypatch: pytest
     monkeypatch.setattr(tracker.client, "_client", MlflowClient(NOBODY))
     with pytest.raises(TrackingError, match=f"MLflow at {tracker.uri}: API request to {NOBODY}"):
         tracker.client.get_run("0" * 32)
+
+
+def test_every_ranks_warning_is_kept_whole(tracker: Tracker, said: list[str]) -> None:
+    run_id = tracker.stage_run("train", "warning", {})
+    work = SimpleNamespace(
+        stage=SimpleNamespace(name="train"), tracker=tracker, run_id=run_id, display=SimpleNamespace(say=said.append)
+    )
+    handle = stages._training_records(work, 10, {})
+    long = f"rank 2 had {', '.join(f'n0{number}' for number in range(2000))}"
+    warnings = ["rank 0 had a", "rank 1 had b", long, "6 steps in a row: going back", "rank 0 had c"]
+    for warning in warnings:
+        handle({"step": 7, "warning": warning})
+    tracker.flush()
+    tags = tracker.client.get_run(run_id).data.tags
+    kept = {key: value for key, value in sorted(tags.items()) if key.startswith("hatchery.warning.7.")}
+    whole: dict[str, str] = {}
+    for key, value in kept.items():
+        name = ".".join(key.split(".")[:4])
+        whole[name] = whole.get(name, "") + value
+    assert sorted(whole.values()) == sorted(warnings)
+    assert said == [f"      train: {warning}" for warning in warnings]
