@@ -22,12 +22,14 @@ _PASSING = (
     "RESOURCE_EXHAUSTED",
 )
 _S3_ERRORS = (BotoCoreError, ClientError, Boto3Error)  # artifacts may go straight to S3
-FAILURES = (MlflowException, OSError, storage.StorageError, *_S3_ERRORS)
-"""What a call to MLflow may end with; the errors of `requests` are OSErrors."""
 
 
 class TrackingError(ValueError):
     """MLflow cannot be used; the message names the URI and the remedy."""
+
+
+FAILURES = (TrackingError, MlflowException, OSError, storage.StorageError, *_S3_ERRORS)
+"""What a call to MLflow may end with; the errors of `requests` are OSErrors."""
 
 
 class Patient:

@@ -21,6 +21,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from data_prep import storage
 from pipeline import config
 from pipeline.config import Recipe
+from pipeline.errors import Stopped
 from pipeline.patient import FAILURES, PATIENCE_S, Patient, may_pass, reason
 from pipeline.patient import TrackingError as TrackingError
 
@@ -49,43 +50,57 @@ class Tracker:
         self.client = cast(MlflowClient, Patient(self.impatient, self.uri, self._notice))
         mlflow.set_tracking_uri(self.uri)
         mlflow.set_registry_uri(self.uri)
-        self.experiment_id = self._experiment()
-        self.parent_id = self._parent()
+        self.experiment_id = self._find_experiment()
+        self.parent_id: str | None = None  # the recipe's run, once work has begun
         self.pending: list[tuple[str, Metric]] = []
         self.later: list[tuple[str, Callable[[], None]]] = []
         self.lock = threading.RLock()  # records are handled in a thread, a stage's own in the main one
         self.last_flush = 0.0
 
-    def _experiment(self) -> str:
-        """The experiment's id; a new one in a local SQLite store keeps its artifacts beside the database."""
+    def _find_experiment(self) -> str | None:
+        """The experiment's id, if there is one."""
         name = self.recipe.tracking.experiment
         found = self.client.get_experiment_by_name(name)
-        if found is not None:
-            if found.lifecycle_stage != "active":
-                raise TrackingError(
-                    f"MLflow experiment {name!r} was deleted: restore it or choose another tracking.experiment"
-                )
-            return str(found.experiment_id)
+        if found is not None and found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"MLflow experiment {name!r} was deleted: restore it or choose another tracking.experiment"
+            )
+        return None if found is None else str(found.experiment_id)
+
+    def _make_experiment(self) -> str:
+        """In a local SQLite store it keeps its artifacts beside the database."""
         location = None
         if self.uri.startswith("sqlite:///"):
             location = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts")
-        return str(self.client.create_experiment(name, artifact_location=location))
+        return str(self.client.create_experiment(self.recipe.tracking.experiment, artifact_location=location))
 
-    def _parent(self) -> str:
-        """The recipe run: the one of the same recipe and storage if there is one, else a new one with its config."""
-        place = storage.normalise(self.recipe.storage.uri)
-        tags = {RECIPE_TAG: self.recipe.digest, "hatchery.storage": place}
-        found = self._find(tags)
-        if found:
-            self.client.update_run(found, status="RUNNING")
-            return found
-        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=tags)
+    def begin(self) -> str:
+        """The recipe's run, marked as running: one of the same recipe and storage, else a new one with its config.
+
+        Nothing is written before: who only looks, or is refused a stage that another run works at, changes no run.
+        """
+        if self.parent_id is None:
+            self.experiment_id = self._find_experiment() or self._make_experiment()
+            found = self._find(self._parent_tags)
+            if found:
+                self.client.update_run(found, status="RUNNING")
+            self.parent_id = found or self._make_parent()
+        return self.parent_id
+
+    @property
+    def _parent_tags(self) -> dict[str, str]:
+        return {RECIPE_TAG: self.recipe.digest, "hatchery.storage": storage.normalise(self.recipe.storage.uri)}
+
+    def _make_parent(self) -> str:
+        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=self._parent_tags)
         resolved = self.recipe.model_dump(mode="json")
         self.client.log_dict(run.info.run_id, resolved, "recipe.yaml")
         self.log_params(run.info.run_id, config.flatten(resolved))
         return str(run.info.run_id)
 
     def _find(self, tags: dict[str, str]) -> str | None:
+        if self.experiment_id is None:
+            return None
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         runs = self.client.search_runs(
             [self.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]
@@ -94,7 +109,7 @@ class Tracker:
 
     def stage_run(self, stage: str, fingerprint: str, params: dict[str, Any]) -> str:
         """The child run of a stage: the one begun earlier for the same fingerprint, else a new one."""
-        tags = {"mlflow.parentRunId": self.parent_id, STAGE_TAG: stage, FINGERPRINT_TAG: fingerprint}
+        tags = {"mlflow.parentRunId": self.begin(), STAGE_TAG: stage, FINGERPRINT_TAG: fingerprint}
         found = self._find(tags)
         if found:
             self.client.update_run(found, status="RUNNING")
@@ -231,16 +246,33 @@ class Tracker:
         for name, path in files.items():
             self.client.log_artifact(run_id, str(path), _folder_of(name))
 
-    def finish(self, run_id: str, status: str = "FINISHED") -> None:
-        """End a run: FINISHED, FAILED or KILLED."""
+    def finish(self, run_id: str) -> None:
+        """End a run that did what it was to do, once everything has arrived."""
         self.flush()
-        self.client.set_terminated(run_id, status)
+        self.client.set_terminated(run_id)
+
+    def finish_left(self) -> None:
+        """End the recipe's run of a process that was killed when all its work was done, if there is one."""
+        found = self._find(self._parent_tags)
+        if found and self.client.get_run(found).info.status != "FINISHED":
+            self.client.set_terminated(found)
+
+    def abandon(self, run_id: str, error: BaseException) -> None:
+        """End a run that an error ends. One attempt: what keeps MLflow from it is said and takes no error's place."""
+        status = "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED"
+        try:
+            self.flush(patience_s=0)
+            self.impatient.set_terminated(run_id, status)
+        except FAILURES as failure:
+            self.say(f"MLflow run {run_id} is not marked as {status}: {reason(failure)}")
 
     @property
     def how_to_look(self) -> str:
         """The address of the MLflow UI, or the command that starts it."""
         if self.uri.startswith(("http://", "https://")):
-            return f"{self.uri}/#/experiments/{self.experiment_id}/runs/{self.parent_id}"
+            run_id = self.parent_id or self._find(self._parent_tags)
+            run = f"/#/experiments/{self.experiment_id}/runs/{run_id}" if run_id else ""
+            return f"{self.uri}{run}"
         return f"mlflow ui --backend-store-uri {self.uri}"
 
 
