@@ -151,12 +151,10 @@ def _run_stage(
     try:
         with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
             work = stages.Work(recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder))
-            artifact = stages.RUN[stage.kind](work)
-        tracker.finish(run_id)
+            return stages.RUN[stage.kind](work)
     except BaseException as error:
         tracker.abandon(run_id, error)
         raise
-    return artifact
 
 
 def _summary(artifact: Artifact) -> str:

@@ -58,8 +58,14 @@ class Work:
         return artifacts.place(self.recipe.storage.uri, self.stage.name, self.fingerprint)
 
     def publish(self, files: dict[str, Path], info: dict[str, Any], digest: str | None = None) -> Artifact:
-        """Publish the stage's artifact and tell MLflow where it lies."""
-        made = artifacts.publish(
+        """Publish the stage's artifact when its MLflow run is complete and ended: what is done lacks nothing."""
+
+        def tell(made: Artifact) -> None:
+            self.tracker.log_files(self.run_id, files)
+            self.tracker.set_tags(self.run_id, {"hatchery.artifact": made.uri, "hatchery.digest": made.digest})
+            self.tracker.finish(self.run_id)
+
+        return artifacts.publish(
             self.recipe.storage.uri,
             self.stage.name,
             self.fingerprint,
@@ -68,10 +74,8 @@ class Work:
             local_files=files,
             info=info,
             digest=digest,
+            before_marker=tell,
         )
-        self.tracker.log_files(self.run_id, files)
-        self.tracker.set_tags(self.run_id, {"hatchery.artifact": made.uri, "hatchery.digest": made.digest})
-        return made
 
 
 def run_shard(work: Work) -> Artifact:

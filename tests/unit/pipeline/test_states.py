@@ -117,3 +117,33 @@ def test_a_run_killed_after_its_last_stage_is_marked_by_the_next(recipe: Recipe)
     tracker.begin()
     Tracker(recipe).finish_left()
     assert states(recipe) == {"tiny": "FINISHED"}
+
+
+@pytest.mark.parametrize("lost", ["log_files", "set_tags", "finish"])
+def test_a_stage_counts_as_done_only_when_mlflow_has_all_of_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def publish(work: stages.Work) -> Artifact:
+        (work.folder / "weights.pth").write_text(lost)
+        work.tracker.log_metrics(work.run_id, {"loss": 0.5}, 1)
+        return work.publish({"weights.pth": work.folder / "weights.pth"}, {})
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    stage(monkeypatch, publish)
+    recipe = recipe.model_copy(update={"seed": len(lost)})  # a stage of its own
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, lost, killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(recipe, FIRST, console())
+    made = pretrain.run(recipe, FIRST, console())["shard-photographs"]
+    client = MlflowClient(recipe.tracking.uri)
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    found = f"tags.`hatchery.digest` = '{made.digest}'"
+    (run,) = client.search_runs([experiment.experiment_id], found)
+    assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 0.5)
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["weights.pth"]
+    again = console()
+    pretrain.run(recipe, FIRST, again)
+    assert "nothing to run" in again.file.getvalue()  # type: ignore[attr-defined]
