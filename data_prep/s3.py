@@ -103,7 +103,8 @@ def may_pass(error: Exception) -> bool:
     error = _answer(error)
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status in (408, 429) or error.response["Error"].get("Code") == "RequestTimeout"
+        code = error.response.get("Error", {}).get("Code")
+        return status >= 500 or status in (408, 429) or code == "RequestTimeout"
     return isinstance(error, BotoCoreError | Boto3Error) and not isinstance(error, _NOT_SET_UP)
 
 

@@ -14,7 +14,7 @@ from mlflow.store.artifact import s3_artifact_repo
 
 from data_prep import storage
 from pipeline import validate
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, TrackingError
 from pipeline.validate import Best
 from tests.s3_server import S3Server
 from tests.unit.pipeline.test_faults import recipe_in
@@ -114,7 +114,7 @@ def test_pictures_and_weights_arrive_after_an_outage_and_metrics_during_it(
 
 @pytest.mark.integration
 def test_a_picture_that_s3_refuses_is_said_and_holds_up_nothing(
-    s3: S3Server, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     tracker.say = said.append
@@ -127,3 +127,6 @@ def test_a_picture_that_s3_refuses_is_said_and_holds_up_nothing(
     assert len(tracker.client.get_metric_history(run_id, "loss")) == 1
     (line,) = said
     assert "does not take validation/1/a.png: the secret key is wrong" in line
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    with pytest.raises(TrackingError, match="the secret key is wrong"):
+        tracker.log_files(run_id, {"weights.pth": tmp_path / "weights.pth"})
