@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
-from boto3.exceptions import RetriesExceededError
+from boto3.exceptions import Boto3Error, RetriesExceededError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -26,6 +26,7 @@ from botocore.exceptions import (
     IncompleteReadError,
     NoCredentialsError,
     NoRegionError,
+    ParamValidationError,
     PartialCredentialsError,
     ReadTimeoutError,
     ResponseStreamingError,
@@ -46,6 +47,7 @@ _BROKEN_OFF = (
     ConnectionClosedError,
     RetriesExceededError,
 )
+_NOT_SET_UP = (NoCredentialsError, PartialCredentialsError, NoRegionError, ParamValidationError)
 _BODY_ATTEMPTS = 6  # with waits of 6 s in all
 _CONDITIONAL_ATTEMPTS = 5
 _MULTIPART_BYTES = 64 * 2**20
@@ -79,6 +81,7 @@ _BY_CODE = {
 
 def reason(error: Exception) -> str:
     """What went wrong and the remedy, in one line."""
+    error = _answer(error)
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
         if code == "404":
@@ -93,6 +96,22 @@ def reason(error: Exception) -> str:
     if isinstance(error, BotoCoreError):
         return f"{_one_line(error)}; check the URI and the AWS_* variables"
     return f"{_one_line(error)}; {_ENDPOINT}"
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same call may succeed later: the server is away or busy, rather than that it said no."""
+    error = _answer(error)
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code")
+        return status >= 500 or status in (408, 429) or code == "RequestTimeout"
+    return isinstance(error, BotoCoreError | Boto3Error) and not isinstance(error, _NOT_SET_UP)
+
+
+def _answer(error: Exception) -> Exception:
+    """The server's answer, where boto3 hides it behind an error of its own."""
+    hidden = error.__context__ if isinstance(error, Boto3Error) else None
+    return hidden if isinstance(hidden, ClientError) else error
 
 
 def endpoint() -> str | None:

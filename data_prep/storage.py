@@ -40,12 +40,15 @@ __all__ = [
     "exists",
     "file_info",
     "filesystem",
+    "is_abandoned",
     "is_local",
     "iter_files",
     "join",
     "list_files",
+    "may_pass",
     "normalise",
     "open_seekable",
+    "owned",
     "put_if_absent",
     "read_bytes",
     "read_range",
@@ -224,13 +227,26 @@ def sweep(uri: str) -> int:
         return 0
     swept = 0
     for path in Path(normalise(uri)).glob(f"{_TEMPORARY}*"):
-        host, pid, _ = path.name.removeprefix(_TEMPORARY).rsplit("-", 2)
         with contextlib.suppress(FileNotFoundError):
-            gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
-            if gone or time.time() - path.stat().st_mtime > _ABANDONED_S:
+            if is_abandoned(path, _TEMPORARY):
                 path.unlink()
                 swept += 1
     return swept
+
+
+def owned(prefix: str) -> str:
+    """`prefix` with this host and process, by which `is_abandoned` knows a name's owner."""
+    return f"{prefix}{socket.gethostname()}-{os.getpid()}-"
+
+
+def is_abandoned(path: Path, prefix: str) -> bool:
+    """Whether the process that gave a file or folder a name of `owned(prefix)` ran on this host and is gone.
+
+    One that has not been written to for a day is abandoned, whoever made it.
+    """
+    host, _, pid = path.name.removeprefix(prefix).rpartition("-")[0].rpartition("-")
+    gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    return gone or time.time() - path.stat().st_mtime > _ABANDONED_S
 
 
 @contextlib.contextmanager
@@ -295,6 +311,14 @@ def _patient_s3(options: dict[str, str]) -> "FileSystem":
     return PatientS3(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=12), request_timeout=30, **options)
 
 
+def may_pass(error: StorageError) -> bool:
+    """Whether the same call may succeed later: the storage is away, busy or full, rather than that it said no."""
+    cause = error.__cause__
+    if isinstance(cause, OSError):
+        return cause.errno not in _REMEDIES or cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(cause, Exception) and not isinstance(error, DamageError) and s3.may_pass(cause)
+
+
 @contextlib.contextmanager
 def _naming(uri: str) -> Iterator[None]:
     """Turn what the disk or the server raises into a StorageError that names the URI."""
@@ -319,7 +343,7 @@ def _naming(uri: str) -> Iterator[None]:
 def _temporary(target: Path) -> Iterator[BufferedWriter]:
     """An open file in the target's folder, gone afterwards unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    name = f"{_TEMPORARY}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+    name = f"{owned(_TEMPORARY)}{uuid.uuid4().hex}"
     with open(target.parent / name, "xb") as file:
         try:
             yield file

@@ -199,6 +199,14 @@ def load_strictly(network: UpscalingNetwork, state: Mapping[str, Tensor]) -> Non
     network.load_state_dict(state)
 
 
+def load_parameters(network: UpscalingNetwork, state: Mapping[str, Tensor]) -> None:
+    """Copy trained weights into a network of the same config; its buffers may be absent, since they are computed."""
+    differing = network.load_state_dict(state, strict=False)
+    untold = set(differing.missing_keys) - {name for name, _ in network.named_buffers()}
+    assert not untold, f"parameters without a value: {sorted(untold)}"
+    assert not differing.unexpected_keys, f"values without a parameter: {differing.unexpected_keys}"
+
+
 def _first(what: str, keys: list[str], limit: int = 3) -> list[str]:
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
     return [f"{what}: {', '.join(keys[:limit])}{more}"] if keys else []

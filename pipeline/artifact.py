@@ -8,6 +8,7 @@ import datetime
 import functools
 import os
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,12 @@ def publish(
     local_files: dict[str, Path] | None = None,
     info: dict[str, Any] | None = None,
     digest: str | None = None,
+    before_marker: Callable[[Artifact], None] = lambda made: None,
 ) -> Artifact:
-    """Upload a stage's files, then its marker. `digest` defaults to the sha256 over the files' hashes."""
+    """Upload a stage's files, then its marker. `digest` defaults to the sha256 over the files' hashes.
+
+    before_marker: what else must be done before the stage counts as done; called when the files are there.
+    """
     uri = place(storage_uri, stage, fingerprint)
     files: dict[str, FileEntry] = {}
     for name, path in sorted((local_files or {}).items()):
@@ -103,6 +108,7 @@ def publish(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         code=code_versions(),
     )
+    before_marker(artifact)
     storage.write_bytes(storage.join(uri, MARKER), artifact.model_dump_json(indent=1).encode())
     return artifact
 

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ META = "meta.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints it has committed."""
 UPLOAD_PATIENCE_S = 600
+FOLDER = "hatchery-checkpoint-"
+"""Local folders of what is to be uploaded begin so; `sweep` deletes those that a kill has left."""
 
 State = dict[str, dict[str, Tensor]]  # "params", "exp_avg", "exp_avg_sq", "ema" -> whole tensors by name
 Part = dict[str, list[Tensor]]  # the same, as one rank's flat partitions
@@ -44,7 +47,7 @@ def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], pla
     if part is None:
         ray.train.report(reported)
         return
-    folder = Path(tempfile.mkdtemp(prefix="hatchery-checkpoint-"))
+    folder = Path(tempfile.mkdtemp(prefix=storage.owned(FOLDER)))
     torch.save(part, folder / part_name(rank))
     if rank == 0:
         (folder / META).write_text(json.dumps(meta | {"code": code_versions(), "metrics": metrics}, indent=1))
@@ -59,19 +62,31 @@ def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], pla
 
 
 def _upload(folder: Path, uri: str) -> ray.train.Checkpoint:
-    """Upload one rank's files, trying again while the storage does not answer; removes the local ones after."""
-    deadline = time.monotonic() + UPLOAD_PATIENCE_S
+    """Upload one rank's files; removes the local ones after."""
     for file in sorted(folder.iterdir()):
-        while True:
-            try:
-                storage.upload(file, storage.join(uri, file.name))
-                break
-            except storage.StorageError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(5)
+        upload(file, storage.join(uri, file.name))
     shutil.rmtree(folder)
     return open_at(uri)
+
+
+def upload(file: Path, uri: str, patience_s: float = UPLOAD_PATIENCE_S) -> None:
+    """Upload a local file, trying again while the storage does not answer; StorageError where it stays away."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return storage.upload(file, uri)
+        except storage.StorageError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(5)
+
+
+def sweep() -> None:
+    """Delete the local folders of processes that were killed before their upload was done."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with suppress(FileNotFoundError):  # another worker of this machine sweeps as well
+            if storage.is_abandoned(folder, FOLDER):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def part_name(rank: int) -> str:

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -110,8 +110,20 @@ class Monitor:
 
     def _drain(self) -> None:
         try:
-            for record in ray.get(self.mailbox.drain.remote()):
-                self.last_step = max(self.last_step, record["step"])
-                self.handle(record)
+            records = ray.get(self.mailbox.drain.remote())
         except Exception as error:  # noqa: BLE001 - kept, and raised in the driver's thread at the end
+            if self.error is None:
+                self._warn(max(self.last_step, 0), f"the training's records cannot be had: {error}")
             self.error = error
+            return
+        for record in records:
+            self.last_step = max(self.last_step, record["step"])
+            try:
+                self.handle(record)
+            except Exception as error:  # noqa: BLE001 - one record must not take others with it, nor end the training
+                self._warn(record["step"], f"a record of step {record['step']} got lost: {error!r}")
+
+    def _warn(self, step: int, text: str) -> None:
+        """Show what went wrong here as any warning, at once."""
+        with suppress(Exception):
+            self.handle({"step": step, "warning": text})

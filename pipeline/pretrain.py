@@ -21,7 +21,6 @@ from data_prep import sources, storage  # noqa: E402
 from pipeline import cascade, cluster, plan, report, stages  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
-from pipeline.errors import Stopped  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
 from pipeline.plan import Outside, Planned, Stage  # noqa: E402
 from pipeline.progress import Display  # noqa: E402
@@ -89,19 +88,24 @@ def run(
     recipe = cascade.pinned(recipe)
     found, chosen, tracker = prepare(recipe, choice)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
-    status = "FAILED"
     try:
         if any(entry.action == "run" for entry in planned):
             with cluster.connected(recipe.compute, address, debug), Display(console) as display:
+                tracker.say = display.say
                 if (lack := cluster.shortage(recipe.compute)) is not None:
                     display.say(lack)
                 artifacts = _run_stages(recipe, found, chosen, tracker, display)
         else:
             artifacts = {entry.stage.name: entry.artifact for entry in planned if entry.artifact}
             console.print(f"{len(artifacts)} of {len(found)} stages are done, nothing to run", highlight=False)
-        status = "FINISHED"
-    finally:
-        tracker.finish(tracker.parent_id, status)
+    except BaseException as error:
+        if tracker.parent_id is not None:
+            tracker.abandon(tracker.parent_id, error)
+        raise
+    if tracker.parent_id is not None:
+        tracker.finish(tracker.parent_id)
+    elif len(artifacts) == len(found):
+        tracker.finish_left()
     _conclude(recipe, artifacts, tracker, console)
     return artifacts
 
@@ -146,18 +150,13 @@ def _run_stage(
     fingerprint = stage.fingerprint(digests)
     run_id = tracker.stage_run(stage.name, fingerprint, stage.config)
     inputs = {name: finished[name] for name in stage.inputs}
-    status = "FAILED"
     try:
         with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
             work = stages.Work(recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder))
-            artifact = stages.RUN[stage.kind](work)
-        status = "FINISHED"
-    except (KeyboardInterrupt, Stopped):
-        status = "KILLED"
+            return stages.RUN[stage.kind](work)
+    except BaseException as error:
+        tracker.abandon(run_id, error)
         raise
-    finally:
-        tracker.finish(run_id, status)
-    return artifact
 
 
 def _summary(artifact: Artifact) -> str:

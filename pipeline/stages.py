@@ -16,7 +16,7 @@ from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
 from model import build
-from model.weights import read_weights, save_network
+from model.weights import load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
@@ -30,7 +30,7 @@ from pipeline.plan import Stage
 from pipeline.progress import Display
 from pipeline.published import preset_of
 from pipeline.rivals import judge_candidate
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, warning_tags
 from pipeline.validate import ImagePair, read_best
 
 SAFETENSORS, PTH = "weights.safetensors", "weights.pth"
@@ -58,8 +58,14 @@ class Work:
         return artifacts.place(self.recipe.storage.uri, self.stage.name, self.fingerprint)
 
     def publish(self, files: dict[str, Path], info: dict[str, Any], digest: str | None = None) -> Artifact:
-        """Publish the stage's artifact and tell MLflow where it lies."""
-        made = artifacts.publish(
+        """Publish the stage's artifact when its MLflow run is complete and ended: what is done lacks nothing."""
+
+        def tell(made: Artifact) -> None:
+            self.tracker.log_files(self.run_id, files)
+            self.tracker.set_tags(self.run_id, {"hatchery.artifact": made.uri, "hatchery.digest": made.digest})
+            self.tracker.finish(self.run_id)
+
+        return artifacts.publish(
             self.recipe.storage.uri,
             self.stage.name,
             self.fingerprint,
@@ -68,10 +74,8 @@ class Work:
             local_files=files,
             info=info,
             digest=digest,
+            before_marker=tell,
         )
-        self.tracker.log_files(self.run_id, files)
-        self.tracker.set_tags(self.run_id, {"hatchery.artifact": made.uri, "hatchery.digest": made.digest})
-        return made
 
 
 def run_shard(work: Work) -> Artifact:
@@ -162,7 +166,7 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
 
 
 def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callable[[Record], None]:
-    """What becomes of rank 0's records: MLflow, the progress bar, and the last metrics for the artifact."""
+    """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
 
     def handle(record: Record) -> None:
         step, say = record["step"], f"      {work.stage.name}: "
@@ -173,13 +177,13 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
             work.display.say(f"{say}{used['workers_used']} process{plural} from step {step}, {used['precision_used']}")
         if "warning" in record:
             work.display.say(say + record["warning"])
-            work.tracker.tag_later(work.run_id, {f"hatchery.warning.{step}": record["warning"][:5000]})
+            work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))
         if "system" in record:
             work.tracker.log_metrics(work.run_id, record["system"], step)
         for name, content in record.get("pictures", {}).items():
             work.tracker.log_bytes_later(work.run_id, f"validation/step-{step:08d}/{name}", content)
         for name, uri in record.get("files", {}).items():
-            work.tracker.log_bytes_later(work.run_id, name, storage.read_bytes(uri))
+            work.tracker.log_stored_later(work.run_id, name, uri)
         if metrics := record.get("metrics", {}):
             last.update(metrics)
             work.tracker.log_metrics(work.run_id, metrics, step)
@@ -192,7 +196,7 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
 def _export(weights: dict[str, torch.Tensor], work: Work, scale: int, lineage: dict[str, str]) -> dict[str, Path]:
     """Averaged weights as published .pth and .safetensors files."""
     network = build(work.recipe.model.arch, scale, **work.recipe.model.options)
-    network.load_state_dict(weights, strict=False)
+    load_parameters(network, weights)
     origin = {"recipe": work.recipe.name, "stage": work.stage.name, "fingerprint": work.fingerprint, **lineage}
     files = {PTH: work.folder / PTH, SAFETENSORS: work.folder / SAFETENSORS}
     save_network(files[PTH], network)

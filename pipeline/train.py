@@ -28,6 +28,8 @@ from pipeline.schedule import learning_rate
 from pipeline.window import Window
 from pipeline.worker import Run, fresh_network, set_up
 
+TRACE_PATIENCE_S = 60  # training waits meanwhile: a trace is not worth more
+
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train to the phase's last step and say how it ended (see pipeline.launch.run_training).
@@ -204,13 +206,20 @@ class _Trace:
             return
         self.profiler.stop()
         name = f"profile-steps-{self.steps[0]}-{self.steps[1]}.json.gz"
-        with tempfile.TemporaryDirectory(prefix="hatchery-profile-") as folder:
-            file = Path(folder, name)
-            self.profiler.export_chrome_trace(str(file))
-            uri = storage.join(self.run.job.checkpoints_uri, name)
-            storage.upload(file, uri)
-        self.run.report({"files": {name: uri}})
+        uri = storage.join(self.run.job.checkpoints_uri, name)
+        try:
+            self._publish(name, uri)
+        except storage.StorageError as error:
+            self.run.report({"warning": f"the trace {name} is lost: {error}"})
+        else:
+            self.run.report({"files": {name: uri}})
         self.profiler, self.steps = None, None
+
+    def _publish(self, name: str, uri: str) -> None:
+        assert self.profiler is not None
+        with tempfile.TemporaryDirectory(prefix=storage.owned(checkpoint.FOLDER)) as folder:
+            self.profiler.export_chrome_trace(str(Path(folder, name)))
+            checkpoint.upload(Path(folder, name), uri, TRACE_PATIENCE_S)
 
 
 def save(run: Run, metrics: dict[str, float]) -> None:

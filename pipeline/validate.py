@@ -19,6 +19,8 @@ from data_prep.subimages import to_png
 from model.blocks import UpscalingNetwork
 from model.inference import upscale
 from model.metrics import psnr_y, ssim_y
+from model.weights import load_parameters
+from pipeline import checkpoint
 from pipeline.config import Settings
 
 WEIGHTS, BEST = "weights.pt", "best.json"
@@ -50,7 +52,7 @@ class Validator:
 
         network: any of the architecture, on the device to work on; takes the weights and keeps them.
         """
-        network.load_state_dict(weights, strict=False)
+        load_parameters(network, weights)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         figures: list[tuple[float, float]] = []
         shown: dict[str, bytes] = {}
@@ -83,11 +85,11 @@ class Validator:
 
 
 def _publish(weights: dict[str, Tensor], found: Best, place: str) -> None:
-    with tempfile.TemporaryDirectory(prefix="hatchery-best-") as folder:
-        file = Path(folder, WEIGHTS)
-        torch.save({"weights": weights, "best": found.model_dump()}, file)
-        storage.upload(file, storage.join(place, WEIGHTS))
-    storage.write_bytes(storage.join(place, BEST), found.model_dump_json(indent=1).encode())
+    with tempfile.TemporaryDirectory(prefix=storage.owned(checkpoint.FOLDER)) as folder:
+        torch.save({"weights": weights, "best": found.model_dump()}, Path(folder, WEIGHTS))
+        Path(folder, BEST).write_text(found.model_dump_json(indent=1))
+        for name in (WEIGHTS, BEST):
+            checkpoint.upload(Path(folder, name), storage.join(place, name))
 
 
 def read_best(place: str, folder: Path) -> tuple[dict[str, Tensor], Best] | None:

@@ -18,7 +18,7 @@ from model.blocks import UpscalingNetwork
 from model.init import bicubic_start
 from model.losses import Loss, build_loss
 from model.precision import resolve_precision
-from model.weights import read_weights
+from model.weights import load_parameters, read_weights
 from pipeline import artifact, checkpoint, zero
 from pipeline.arithmetic import TRAINING_PASSES, macs_per_sample, peak_macs_per_s
 from pipeline.autobatch import find_micro_batch
@@ -58,6 +58,7 @@ class Run:
 
 def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None."""
+    checkpoint.sweep()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -132,7 +133,7 @@ def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, di
         saved = checkpoint.open_at(job.resume_from)
     if saved is not None:
         state, meta = checkpoint.load(saved, job.digest)
-        network.load_state_dict(state["params"], strict=False)  # buffers are computed, not trained
+        load_parameters(network, state["params"])
         return network, state, meta
     if job.init is not None:
         weights = artifact.fetch(job.init, "weights.safetensors", Path(job.cache_dir))

@@ -14,6 +14,7 @@ from torch import nn
 
 from data_prep.loader import micro_batches_per_step
 from model import build
+from model.weights import load_parameters
 from pipeline.checkpoint import assemble
 from pipeline.config import ComputeConfig, PhaseConfig
 
@@ -111,7 +112,7 @@ def train_half(rank: int, world_size: int, case: Case, half: int, folder: Path) 
     steps = range(half * STEPS // 2, (half + 1) * STEPS // 2)
     state: Any = torch.load(saved) if half else None
     if state:
-        net.load_state_dict(state["params"], strict=False)
+        load_parameters(net, state["params"])
     engine = zero.initialize(net, PHASE, compute, case.micro_batch, world_size, bf16=False)
     ema = zero.PartitionedEMA(engine, PHASE.ema_decay)
     if state:

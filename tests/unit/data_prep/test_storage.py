@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from data_prep import storage
 from data_prep.storage import StorageError, join, normalise
+from tests.faulty_proxy import Faults, faulty_proxy
 from tests.shared_data import ROOT
 
 CREDENTIALS = {
@@ -235,6 +236,39 @@ def refused(monkeypatch, uri, **environment):
 def test_a_wrong_secret_is_explained(s3, monkeypatch):
     message = refused(monkeypatch, s3.uri, AWS_SECRET_ACCESS_KEY="wrong")
     assert message == f"{s3.uri}: the secret key is wrong; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+def failure(call, *arguments):
+    with pytest.raises(StorageError) as caught:
+        call(*arguments)
+    return caught.value
+
+
+@pytest.mark.integration
+def test_what_the_server_refuses_does_not_pass(s3, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 100)
+    assert not storage.may_pass(failure(storage.read_bytes, join(s3.uri, "absent")))
+    assert not storage.may_pass(failure(storage.read_bytes, "s3://no-such-bucket/x"))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    for call in (lambda: storage.read_bytes(s3.uri), lambda: storage.upload(source, join(s3.uri, "x"))):
+        assert not storage.may_pass(failure(call))
+
+
+@pytest.mark.integration
+def test_what_a_busy_or_absent_server_fails_at_may_pass(s3, monkeypatch):
+    storage.write_bytes(join(s3.uri, "x"), b"x")
+    with faulty_proxy(s3.endpoint, Faults(1.0)):
+        assert storage.may_pass(failure(storage.read_bytes, join(s3.uri, "x")))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    assert storage.may_pass(failure(storage.exists, join(s3.uri, "x")))
+
+
+def test_what_is_wrong_with_a_path_does_not_pass(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    assert not storage.may_pass(failure(storage.write_bytes, str(tmp_path / "file" / "x"), b""))
+    assert not storage.may_pass(failure(storage.read_bytes, str(tmp_path / "absent")))
+    assert not storage.may_pass(failure(storage.delete_tree, "/"))
 
 
 @pytest.mark.integration

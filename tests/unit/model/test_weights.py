@@ -14,6 +14,7 @@ from safetensors import safe_open
 from model import load
 from model.weights import (
     content_sha256,
+    load_parameters,
     load_strictly,
     read_metadata,
     read_weights,
@@ -160,6 +161,18 @@ def test_other_position_indices_are_refused() -> None:
     state["relative_position_index_OCA"] = state["relative_position_index_OCA"] + 1
     with pytest.raises(ValueError, match="of another value: relative_position_index_OCA"):
         load(state)
+
+
+def test_trained_weights_may_lack_buffers_but_no_parameter() -> None:
+    network, other = tiny(), tiny(seed=1)
+    trained = {name: value.detach() for name, value in other.named_parameters()}
+    load_parameters(network, trained)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in network.state_dict().items())
+    load_parameters(network, other.state_dict())
+    with pytest.raises(AssertionError, match=r"parameters without a value: \['norm.weight'\]"):
+        load_parameters(tiny(), {name: value for name, value in trained.items() if name != "norm.weight"})
+    with pytest.raises(AssertionError, match=r"values without a parameter: \['surplus'\]"):
+        load_parameters(tiny(), trained | {"surplus": torch.zeros(1)})
 
 
 def test_safetensors_carry_metadata_and_no_surplus_storage(tmp_path: Path) -> None:

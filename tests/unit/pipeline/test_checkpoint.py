@@ -1,13 +1,20 @@
 """Whole tensors from the ranks' partitions, whatever the ZeRO stage laid where."""
 
 import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import ray.train
 import torch
 
+from data_prep import storage
 from pipeline import checkpoint
+from tests.shared_data import ROOT
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(10.0, 13.0)
 LAYOUT: list[checkpoint.Group] = [[("a", [2, 3], 6), ("b", [3], 3)]]
@@ -91,3 +98,31 @@ def test_the_newest_whole_checkpoint_is_found_without_rays_list(place: Path, los
 
 def test_nothing_to_recover_is_no_error(tmp_path: Path) -> None:
     assert checkpoint.recover(str(tmp_path / "absent")) is None
+
+
+SAVE_AND_DIE = """
+import os, signal, types
+import ray.train, torch
+from pipeline import checkpoint
+ray.train.get_context = lambda: types.SimpleNamespace(get_world_rank=lambda: 0)
+ray.train.report = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save({"params": [torch.ones(2)]}, {"step": 1, "data_step": 1}, {}, "s3://bucket/runs")
+"""
+
+
+def test_checkpoints_of_killed_workers_are_swept_and_others_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    killed = subprocess.run([sys.executable, "-c", SAVE_AND_DIE], cwd=ROOT, env=environment, check=False)
+    assert killed.returncode < 0
+    (left,) = tmp_path.glob("hatchery-checkpoint-*")
+    assert (left / checkpoint.part_name(0)).exists()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = Path(tempfile.mkdtemp(prefix=storage.owned("hatchery-checkpoint-")))
+    elsewhere, old = (tmp_path / f"hatchery-checkpoint-{name}" for name in ("another-host-1-x", "8xv_k3_1"))
+    elsewhere.mkdir()
+    old.mkdir()  # as earlier versions named them
+    os.utime(old, (time.time() - 2 * 86400,) * 2)
+    checkpoint.sweep()
+    assert sorted(tmp_path.glob("hatchery-checkpoint-*")) == sorted([mine, elsewhere])

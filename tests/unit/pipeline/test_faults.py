@@ -77,6 +77,7 @@ def test_mlflow_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_deleted_experiment(tmp_path: Path) -> None:
     tracker = Tracker(recipe_in(tmp_path))
+    tracker.begin()
     MlflowClient(tracker.uri).delete_experiment(tracker.experiment_id)
     with pytest.raises(TrackingError, match="was deleted: restore it"):
         Tracker(recipe_in(tmp_path))
@@ -84,8 +85,8 @@ def test_a_deleted_experiment(tmp_path: Path) -> None:
 
 def test_runs_are_found_again(tmp_path: Path) -> None:
     first, second = Tracker(recipe_in(tmp_path)), Tracker(recipe_in(tmp_path))
-    assert first.parent_id == second.parent_id
-    assert Tracker(recipe_in(tmp_path, "seed=7")).parent_id != first.parent_id
+    assert first.begin() == second.begin()
+    assert Tracker(recipe_in(tmp_path, "seed=7")).begin() != first.begin()
     run_id = first.stage_run("evaluate", "f", {"a": {"b": 1}})
     assert second.stage_run("evaluate", "f", {}) == run_id
     assert second.stage_run("evaluate", "g", {}) != run_id

@@ -1,0 +1,149 @@
+"""What MLflow says of a run's state, and what a person is told, when a run only looks, is refused, or is ended."""
+
+import contextlib
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from rich.console import Console
+
+from data_prep import storage
+from pipeline import cluster, pretrain, stages
+from pipeline.artifact import Artifact
+from pipeline.config import Recipe
+from pipeline.errors import Stopped
+from pipeline.lock import LockedError, StorageLock
+from pipeline.tracking import Tracker
+from tests.unit.pipeline.test_faults import recipe_in
+
+NOBODY = "http://127.0.0.1:9"
+FIRST = pretrain.Choice(stages=["shard-photographs"])
+
+
+@pytest.fixture(autouse=True)
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages here are stand-ins that need no cluster."""
+    monkeypatch.setattr(cluster, "connected", lambda *arguments: contextlib.nullcontext())
+    monkeypatch.setattr(cluster, "shortage", lambda compute: None)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("states")
+
+
+@pytest.fixture
+def recipe(folder: Path, request: pytest.FixtureRequest) -> Recipe:
+    """Each test has an experiment and a place of its own, in one database: MLflow takes seconds to make one."""
+    name = request.node.originalname
+    places = [f"storage.uri={folder}/{name}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+    return recipe_in(folder, *places, f"tracking.experiment={name}")
+
+
+def states(recipe: Recipe) -> dict[str, str]:
+    """State of every run of the recipe, by name."""
+    client = MlflowClient(recipe.tracking.uri)
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    found = client.search_runs([experiment.experiment_id]) if experiment else []
+    return {run.info.run_name: run.info.status for run in found}
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=1000)
+
+
+def stage(monkeypatch: pytest.MonkeyPatch, does: Callable[[stages.Work], Artifact]) -> None:
+    monkeypatch.setitem(stages.RUN, "shard", does)
+
+
+def test_a_dry_run_changes_no_run(recipe: Recipe) -> None:
+    pretrain.dry_run(recipe, pretrain.Choice(), console())
+    assert states(recipe) == {}
+    tracker = Tracker(recipe)
+    tracker.finish(tracker.begin())
+    pretrain.dry_run(recipe, pretrain.Choice(), console())
+    assert states(recipe) == {"tiny": "FINISHED"}
+
+
+def test_a_run_that_is_refused_a_stage_changes_no_run(recipe: Recipe) -> None:
+    Tracker(recipe).begin()  # the run that works at it
+    found, _, tracker = pretrain.prepare(recipe, FIRST)
+    lock = storage.join(recipe.storage.uri, "locks", f"{found[0].name}-{found[0].fingerprint({})[:16]}.json")
+    with StorageLock(lock, "another run", heartbeat_s=0.1), pytest.raises(LockedError):
+        pretrain.run(recipe, FIRST, console())
+    assert states(recipe) == {"tiny": "RUNNING"}
+    assert tracker.parent_id is None
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(Stopped("asked to stop"), "KILLED"), (RuntimeError("a worker failed"), "FAILED")]
+)
+def test_the_state_says_how_a_run_ended(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
+) -> None:
+    def end(work: stages.Work) -> Artifact:
+        raise error
+
+    stage(monkeypatch, end)
+    with pytest.raises(type(error), match=str(error)):
+        pretrain.run(recipe, FIRST, console())
+    assert states(recipe) == {"tiny": state, "shard-photographs": state}
+
+
+def test_an_absent_mlflow_takes_no_errors_place(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(work: stages.Work) -> Artifact:
+        work.tracker.impatient = MlflowClient(NOBODY)
+        work.tracker.log_metrics(work.run_id, {"loss": 0.5}, 1)
+        raise Stopped("asked to stop")
+
+    stage(monkeypatch, stop)
+    told, begin = console(), time.monotonic()
+    with pytest.raises(Stopped):
+        pretrain.run(recipe, FIRST, told)
+    assert time.monotonic() - begin < 60
+    lines = told.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert sum("is not marked as KILLED: " in line for line in lines) == 2
+    assert sum("is out of reach, what it misses is kept" in line for line in lines) == 1
+
+
+def test_a_run_killed_after_its_last_stage_is_marked_by_the_next(recipe: Recipe) -> None:
+    tracker = Tracker(recipe)
+    tracker.finish_left()
+    assert states(recipe) == {}
+    tracker.begin()
+    Tracker(recipe).finish_left()
+    assert states(recipe) == {"tiny": "FINISHED"}
+
+
+@pytest.mark.parametrize("lost", ["log_files", "set_tags", "finish"])
+def test_a_stage_counts_as_done_only_when_mlflow_has_all_of_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    def publish(work: stages.Work) -> Artifact:
+        (work.folder / "weights.pth").write_text(lost)
+        work.tracker.log_metrics(work.run_id, {"loss": 0.5}, 1)
+        return work.publish({"weights.pth": work.folder / "weights.pth"}, {})
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    stage(monkeypatch, publish)
+    recipe = recipe.model_copy(update={"seed": len(lost)})  # a stage of its own
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, lost, killed)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.run(recipe, FIRST, console())
+    made = pretrain.run(recipe, FIRST, console())["shard-photographs"]
+    client = MlflowClient(recipe.tracking.uri)
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    found = f"tags.`hatchery.digest` = '{made.digest}'"
+    (run,) = client.search_runs([experiment.experiment_id], found)
+    assert (run.info.status, run.data.metrics["loss"]) == ("FINISHED", 0.5)
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["weights.pth"]
+    again = console()
+    pretrain.run(recipe, FIRST, again)
+    assert "nothing to run" in again.file.getvalue()  # type: ignore[attr-defined]
