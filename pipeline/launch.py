@@ -32,6 +32,9 @@ from pipeline.errors import Stopped
 from pipeline.monitor import Monitor, Record
 from pipeline.validate import ImagePair
 
+STORAGE_RETRIES = 5
+"""Times that a training is begun again without getting further while reading from the storage fails."""
+
 
 class TrainJob(Settings):
     """All that a worker needs to know; plain values, so that it travels to any node."""
@@ -98,7 +101,7 @@ def run_training(
 
 def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
     """The Ray Train run, begun again while it gets further between failures, or the storage was out of reach."""
-    reached = -1
+    reached, stuck = -1, 0
     while True:
         try:
             recovered = checkpoint.recover(job.checkpoints_uri)
@@ -107,15 +110,25 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
                 monitor.handle({"step": max(reached, 0), "warning": note})
             return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
-            for error in getattr(failure, "worker_failures", {}).values():
-                if isinstance(error, ValueError):
+            errors = list(getattr(failure, "worker_failures", {}).values())
+            for error in errors:
+                if isinstance(error, ValueError) and not _may_pass(error):
                     raise error from None
+            unread = next(filter(_may_pass, errors), None)
             waited_s = _wait_for_storage(job.checkpoints_uri)
-            if monitor.last_step <= reached and not waited_s:
-                raise
+            stuck = 0 if monitor.last_step > reached or waited_s else stuck + 1
+            if stuck > (STORAGE_RETRIES if unread else 0):
+                raise unread or failure from None
             reached = monitor.last_step
-            why = f"the storage was away, waited {waited_s:.0f} s" if waited_s else "lost its processes again and again"
+            why = "lost its processes again and again"
+            if unread or waited_s:
+                why = f"the storage was away, waited {waited_s:.0f} s{f' ({unread})' if unread else ''}"
             monitor.handle({"step": max(reached, 0), "warning": f"{why}: going on from the last checkpoint"})
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a worker failed because the storage did not answer; what is damaged stays so."""
+    return isinstance(error, storage.StorageError) and not isinstance(error, storage.DamageError)
 
 
 def _wait_for_storage(uri: str) -> float:

@@ -1,0 +1,81 @@
+"""The driver's side of a training: which failures end it, and which are waited for."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from data_prep.storage import DamageError, StorageError
+from pipeline import launch
+from pipeline.config import ComputeConfig, ModelConfig, PhaseConfig, TrainingConfig
+from pipeline.launch import TrainJob
+
+
+def job(folder: Path, **compute: Any) -> TrainJob:
+    return TrainJob(
+        name="t",
+        model=ModelConfig(arch="hat"),
+        phase=PhaseConfig(data="d", steps=10),
+        training=TrainingConfig(scale=2, phase="p"),
+        compute=ComputeConfig(**compute),
+        seed=0,
+        shards_uri=str(folder / "shards"),
+        init=None,
+        checkpoints_uri=str(folder / "checkpoints"),
+        cache_dir=str(folder / "cache"),
+    )
+
+
+class Script:
+    """Stands in for Ray Train and the monitor: each `fit` reaches a step and fails as told, the last one succeeds."""
+
+    def __init__(self, *failures: tuple[int, Exception]) -> None:
+        self.failures = list(failures)
+        self.last_step = -1
+        self.told: list[str] = []
+
+    def handle(self, record: dict[str, Any]) -> None:
+        self.told.append(record["warning"])
+
+    def fit(self) -> Any:
+        if not self.failures:
+            return SimpleNamespace(return_value={"kind": "done"})
+        step, error = self.failures.pop(0)
+        self.last_step = max(self.last_step, step)
+        raise WorkerGroupError(str(error), {0: RuntimeError("connection reset"), 1: error})
+
+
+def fit(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(launch, "_trainer", lambda job, monitor, references: monitor)
+    return launch._fit(job(folder), script, {})  # type: ignore[arg-type]
+
+
+def test_a_read_that_fails_for_a_while_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    away = StorageError("s3://b/shard-00001.tar: connection timed out")
+    script = Script((5, away), (3, away))  # the second time before it got as far as the first
+    assert fit(script, tmp_path, monkeypatch).return_value == {"kind": "done"}
+    assert len(script.told) == 2
+    assert "the storage was away, waited 0 s (s3://b/shard-00001.tar: connection timed out)" in script.told[0]
+
+
+def test_a_read_that_never_succeeds_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    denied = StorageError("s3://b/shard-00001.tar: access denied")
+    with pytest.raises(StorageError, match="access denied"):
+        fit(Script(*[(5, denied)] * 9), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("error", [DamageError("a.tar: truncated"), ValueError("not one sample fits")])
+def test_what_waiting_does_not_mend_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: ValueError
+) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        fit(Script((5, error)), tmp_path, monkeypatch)
+
+
+def test_processes_that_are_lost_without_getting_further_end_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WorkerGroupError, match="killed"):
+        fit(Script((5, OSError("killed")), (9, OSError("killed")), (9, OSError("killed"))), tmp_path, monkeypatch)
