@@ -82,6 +82,9 @@ def run_training(
     TrainingFailedError.
     """
     references = {"images": ray.put(images) if images else None}
+    # decided once: a node that is lost for an hour must not turn a training on GPUs into one on CPUs
+    compute = job.compute.model_copy(update={"use_gpu": cluster.has_gpus(job.compute)})
+    job = job.model_copy(update={"compute": compute})
     for _ in range(job.compute.max_rollbacks + 1):
         with Monitor(handle) as monitor, monitor.stopping_on_sigterm():
             result = _fit(job, monitor, references)
@@ -149,7 +152,7 @@ def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any
     filesystem, path = storage.filesystem(job.checkpoints_uri)
     folder, name = path.rsplit("/", 1)
     compute = job.compute
-    use_gpu = cluster.has_gpus(compute)
+    use_gpu = cluster.has_gpus(compute)  # settled by run_training
     # Ray's own check of workers that do not answer; it passes the variable on to the processes that read it
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.hang_timeout_s)
     return ray.train.torch.TorchTrainer(

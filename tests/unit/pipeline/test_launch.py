@@ -1,5 +1,6 @@
 """The driver's side of a training: which failures end it, and which are waited for."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,22 @@ class Script:
         raise WorkerGroupError(str(error), {0: RuntimeError("connection reset"), 1: error})
 
 
+class FakeMonitor:
+    """Stands in for the monitor where there is no Ray."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def __enter__(self) -> "FakeMonitor":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+    def stopping_on_sigterm(self) -> Any:
+        return nullcontext()
+
+
 def fit(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(launch, "_trainer", lambda job, monitor, references: monitor)
     return launch._fit(job(folder), script, {})  # type: ignore[arg-type]
@@ -79,3 +96,19 @@ def test_processes_that_are_lost_without_getting_further_end_the_training(
 ) -> None:
     with pytest.raises(WorkerGroupError, match="killed"):
         fit(Script((5, OSError("killed")), (9, OSError("killed")), (9, OSError("killed"))), tmp_path, monkeypatch)
+
+
+def test_gpus_are_decided_once_for_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [True, False]  # a node goes down between two attempts
+    monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: answers.pop(0))
+    given = []
+
+    def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
+        given.append(job.compute.use_gpu)
+        kind = "roll_back" if len(given) == 1 else "done"
+        return SimpleNamespace(return_value={"kind": kind, "step": 1, "data_offset": 1, "reason": "r"}, checkpoint="c")
+
+    monkeypatch.setattr(launch, "_fit", fit)
+    monkeypatch.setattr(launch, "Monitor", FakeMonitor)
+    launch.run_training(job(tmp_path), lambda record: None)
+    assert given == [True, True]
