@@ -85,21 +85,31 @@ def run_training(
     # decided once: a node that is lost for an hour must not turn a training on GPUs into one on CPUs
     compute = job.compute.model_copy(update={"use_gpu": cluster.has_gpus(job.compute)})
     job = job.model_copy(update={"compute": compute})
-    for _ in range(job.compute.max_rollbacks + 1):
-        with Monitor(handle) as monitor, monitor.stopping_on_sigterm():
+    failed = None
+    with Monitor(handle) as monitor, monitor.stopping_on_sigterm():
+        for _ in range(job.compute.max_rollbacks + 1):
             result = _fit(job, monitor, references)
-        outcome = result.return_value or {}
-        if outcome.get("kind") == "stopped":
-            raise Stopped(f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint")
-        if outcome.get("kind") != "roll_back":
-            assert result.checkpoint is not None, "a finished training reports a checkpoint"
-            return result.checkpoint
-        job = job.model_copy(update={"data_offset": outcome["data_offset"]})
-        handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to the last checkpoint"})
+            outcome = result.return_value or {}
+            if outcome.get("kind") == "stopped":
+                raise Stopped(f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint")
+            if outcome.get("kind") != "roll_back":
+                assert result.checkpoint is not None, "a finished training reports a checkpoint"
+                return result.checkpoint
+            job = job.model_copy(update={"data_offset": outcome["data_offset"]})
+            target = _way_back(job.checkpoints_uri, outcome["checkpoint"], failed)
+            failed = outcome["checkpoint"]
+            handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to {target}"})
     raise ValueError(
         f"{job.name}: {outcome['reason']}, after going back {job.compute.max_rollbacks} times: "
         f"lower the learning rate, set grad_clip, or use precision fp32"
     )
+
+
+def _way_back(place: str, last: str | None, failed: str | None) -> str:
+    """Where a training goes back to, in words: past the last checkpoint where that has failed before."""
+    if last is not None and last == failed and checkpoint.discard(place, last):
+        return f"the checkpoint before {last}, which failed twice"
+    return "the last checkpoint"
 
 
 def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:

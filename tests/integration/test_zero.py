@@ -1,6 +1,7 @@
 """ZeRO stages against a plain PyTorch loop: losses, EMA, and whole-tensor checkpoints across world sizes."""
 
 import functools
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,3 +177,41 @@ def test_zero_trains_as_plain_pytorch_and_resumes_on_another_world_size(trained:
     state = torch.load(case.folder(trained) / "state.pt")
     assert_same(state["params"], weights)
     assert_same(state["ema"], ema)
+
+
+def refusing(rank: int, world_size: int, base: Path, rendezvous: str) -> None:
+    """One rank of two; in the second of three steps the other rank's last pass has an infinite loss."""
+    from pipeline import zero
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world_size)
+    seen = {}
+    for stage in (0, 1, 3):
+        engine = zero.initialize(network(), PHASE, ComputeConfig(zero_stage=stage), 1, world_size, bf16=False)
+        optimizer, weights, applied = zero.optimizer_of(engine), [], []
+        for step in range(3):
+            optimizer.begin_step(want_stop=False)
+            low_res, high_res = (part[rank::world_size] for part in batch(step))
+            if (step, rank) == (1, 1):
+                high_res[-1, 0, 0, 0] = torch.inf
+            for number in range(len(low_res)):
+                loss = nn.functional.l1_loss(engine(low_res[number : number + 1]), high_res[number : number + 1])
+                optimizer.add_loss(loss)
+                engine.backward(loss)
+                engine.step()
+            applied.append(optimizer.applied)
+            weights.append([master.detach().clone() for master in zero.masters(engine)])
+        moved = [any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(weights)]
+        seen[stage] = (applied, moved, zero.optimizer_step(engine))
+    torch.save(seen, base / f"refused-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_an_infinite_loss_on_one_rank_refuses_the_step_on_all(tmp_path: Path) -> None:
+    mp.spawn(refusing, (2, tmp_path, str(tmp_path / "rendezvous")), nprocs=2)  # type: ignore[no-untyped-call]
+    for rank in range(2):
+        for applied, moved, steps in torch.load(tmp_path / f"refused-{rank}.pt").values():
+            assert applied == [True, False, True]
+            assert moved == [False, True]
+            assert steps == 2

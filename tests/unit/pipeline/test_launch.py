@@ -106,9 +106,31 @@ def test_gpus_are_decided_once_for_a_training(tmp_path: Path, monkeypatch: pytes
     def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
         given.append(job.compute.use_gpu)
         kind = "roll_back" if len(given) == 1 else "done"
-        return SimpleNamespace(return_value={"kind": kind, "step": 1, "data_offset": 1, "reason": "r"}, checkpoint="c")
+        value = {"kind": kind, "step": 1, "data_offset": 1, "reason": "r", "checkpoint": None}
+        return SimpleNamespace(return_value=value, checkpoint="c")
 
     monkeypatch.setattr(launch, "_fit", fit)
     monkeypatch.setattr(launch, "Monitor", FakeMonitor)
     launch.run_training(job(tmp_path), lambda record: None)
     assert given == [True, True]
+
+
+def test_the_same_checkpoint_twice_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[str] = []
+    monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: False)
+    monkeypatch.setattr(launch, "Monitor", FakeMonitor)
+    monkeypatch.setattr(launch.checkpoint, "discard", lambda place, name: passed.append(name) or True)
+    ends: list[str | None] = [None, None, "step-4", "step-8", "step-8"]
+
+    def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
+        if not ends:
+            return SimpleNamespace(return_value={"kind": "done"}, checkpoint="c")
+        value = {"kind": "roll_back", "step": 9, "data_offset": 9, "reason": "r", "checkpoint": ends.pop(0)}
+        return SimpleNamespace(return_value=value)
+
+    monkeypatch.setattr(launch, "_fit", fit)
+    told: list[str] = []
+    launch.run_training(job(tmp_path, max_rollbacks=5), lambda record: told.append(record["warning"]))
+    assert passed == ["step-8"]
+    assert told[-1] == "r: going back to the checkpoint before step-8, which failed twice"
+    assert told[:-1] == ["r: going back to the last checkpoint"] * 4
