@@ -66,7 +66,15 @@ class ComputeConfig(Settings):
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
     )
-    resize_every_s: float = Field(300, gt=0, description="with [min, max] workers: how often more are looked for")
+    checkpoint_every_s: float | None = Field(
+        600, gt=0, description="longest time between checkpoints, beside the phase's checkpoint_every; null: no limit"
+    )
+    resize_every_s: float = Field(
+        300,
+        gt=0,
+        description="with [min, max] workers: how often more are looked for; taking them in costs a restart and what "
+        "was done since the last checkpoint, so at most checkpoint_every_s",
+    )
     checkpoints_kept: int = Field(2, ge=1, description="newest training checkpoints kept in the storage")
     bad_steps_tolerated: int = Field(
         5, ge=0, description="non-finite steps in a row that are skipped; one more goes back to the last checkpoint"
@@ -147,7 +155,9 @@ class PhaseConfig(Settings):
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
     cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
-    checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(
+        5000, ge=1, description="steps between checkpoints; compute.checkpoint_every_s makes more where steps are slow"
+    )
     log_every: int = Field(100, ge=1, description="steps between metrics")
 
     def what(self) -> dict[str, Any]:

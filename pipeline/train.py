@@ -24,6 +24,7 @@ from pipeline.communication import CommunicationProbe
 from pipeline.config import digest_of
 from pipeline.launch import TrainJob
 from pipeline.monitor import StopWatch
+from pipeline.saving import SaveWatch
 from pipeline.schedule import learning_rate
 from pipeline.window import Window
 from pipeline.worker import Run, fresh_network, set_up
@@ -76,6 +77,8 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     phase, every = run.job.phase, run.job.validation.every
     window, watch, probe, bad_steps = Window(run.device), StopWatch(run.mailbox), CommunicationProbe(), 0
     metrics: dict[str, float] = {}
+    # one clock for all: rank 0's
+    saves = SaveWatch(run.job.compute.checkpoint_every_s if run.rank == 0 else None)
     trace, due, stop = _Trace(run), False, False
     while run.step < phase.steps:
         alive.rearm()
@@ -84,7 +87,7 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
             probe.begin()
         trace.before_step()
         rate = learning_rate(run.step, phase)
-        keys = step(run, window, rate, want_stop=run.rank == 0 and watch.poll())
+        keys = step(run, window, rate, want_stop=run.rank == 0 and watch.poll(), want_save=saves.poll())
         trace.after_step()
         bad_steps = 0 if run.optimizer.applied else bad_steps + 1
         if bad_steps:
@@ -96,20 +99,23 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
         if run.validator is not None and (last or (every and run.step % every == 0)):
             metrics |= _validate(run, alive)
         stop = stop or run.optimizer.stop_wanted
-        due = due or run.step % phase.checkpoint_every == 0 or last or stop
+        due = due or run.optimizer.save_wanted or run.step % phase.checkpoint_every == 0 or last or stop
         if due and not bad_steps:  # amid bad steps the weights may be the cause: going back must not lead to them
             save(run, metrics)
+            if saves.preempted:
+                run.report({"warning": f"a node is being taken away: saved a checkpoint at step {run.step}"})
+            saves.saved()
             due = False
             if stop and not last:
                 return {"kind": "stopped", "step": run.step}
     return {"kind": "done", "step": run.step}
 
 
-def step(run: Run, window: Window, rate: float, *, want_stop: bool = False) -> list[str]:
+def step(run: Run, window: Window, rate: float, *, want_stop: bool = False, want_save: bool = False) -> list[str]:
     """One optimizer step at a learning rate, and the averages after it; the names of this rank's samples."""
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.begin_step(want_stop=want_stop)
+    run.optimizer.begin_step(want_stop=want_stop, want_save=want_save)
     keys = _global_batch(run, window)
     run.step += 1
     window.steps += 1

@@ -43,5 +43,5 @@ def test_a_loss_that_is_not_finite_refuses_the_step(alone: None, faulty: float, 
     weight.grad = torch.ones(3)
     adam.add_loss(torch.tensor(1.0))
     adam.step()
-    assert (adam.applied, adam.stop_wanted) == (True, True)
+    assert (adam.applied, adam.stop_wanted, adam.save_wanted) == (True, True, False)
     assert not torch.equal(weight, torch.ones(3))

@@ -8,7 +8,7 @@ import pytest
 from pipeline import train
 from pipeline.config import ComputeConfig, PhaseConfig, ValidationConfig
 
-OK, BAD, STOP = "ok", "bad", "stop"
+OK, BAD, STOP, SAVE = "ok", "bad", "stop", "save"
 
 
 class Loop:
@@ -21,12 +21,13 @@ class Loop:
         compute = ComputeConfig(bad_steps_tolerated=tolerated)
         self.run: Any = SimpleNamespace(
             job=SimpleNamespace(phase=phase, compute=compute, validation=ValidationConfig()),
-            optimizer=SimpleNamespace(applied=True, stop_wanted=False),
+            optimizer=SimpleNamespace(applied=True, stop_wanted=False, save_wanted=False),
             **{"device": "cpu", "rank": 0, "step": 0, "data_offset": 0, "saved": None, "validator": None},
         )
         for name, stand_in in {
             "Window": lambda device: None,
             "StopWatch": lambda mailbox: SimpleNamespace(poll=lambda: False),
+            "SaveWatch": lambda every_s: SimpleNamespace(poll=lambda: False, saved=lambda: None, preempted=False),
             "CommunicationProbe": lambda: SimpleNamespace(begin=lambda: None, end=lambda: 0.0),
             "_Trace": lambda run: SimpleNamespace(before_step=lambda: None, after_step=lambda: None),
             "_log": lambda *arguments: {},
@@ -41,6 +42,7 @@ class Loop:
         what = self.steps[run.step]
         run.step += 1
         run.optimizer.applied, run.optimizer.stop_wanted = BAD not in what, STOP in what
+        run.optimizer.save_wanted = SAVE in what
         return []
 
     def save(self, run: Any, metrics: dict[str, float]) -> None:
@@ -75,6 +77,12 @@ def test_a_wish_to_stop_amid_bad_steps_is_kept(monkeypatch: pytest.MonkeyPatch) 
     loop = Loop(monkeypatch, OK, f"{BAD} {STOP}", BAD, OK, OK, OK)
     assert loop.outcome() == {"kind": "stopped", "step": 4}
     assert loop.saved == [4]
+
+
+def test_a_wish_to_save_is_granted_on_every_rank_and_kept_amid_bad_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, OK, OK, SAVE, OK, OK, f"{BAD} {SAVE}", OK, OK, every=100)
+    assert loop.outcome() == {"kind": "done", "step": 8}
+    assert loop.saved == [3, 7, 8]
 
 
 def test_names_of_bad_steps_say_whose_loss_it_was() -> None:
