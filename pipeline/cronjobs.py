@@ -7,6 +7,7 @@ cron: a line for crontab that submits to a running Ray cluster.
 Fields: https://ray-project.github.io/kuberay/reference/api/ (RayJobSpec, RayClusterSpec, RayCronJobSpec).
 """
 
+import json
 import shlex
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ Manifest = dict[str, Any]
 
 KUBECTL_IMAGE = "registry.k8s.io/kubectl:v1.34.1"
 RAY_VERSION = "2.60.0"
+# `ray job stop` waits so long between SIGTERM and SIGKILL, by default 3 s: a checkpoint takes longer.
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
 _CONFIG_DIR, _MANIFEST_DIR = "/etc/hatchery", "/rayjob"
 _ALPHA = (
     "# RayCronJob is alpha: KubeRay >= 1.6, operator started with --feature-gates=RayCronJob=true (off by default).\n"
@@ -164,7 +167,9 @@ def pod_template(domain: DomainConfig, container: str, gpus: int) -> Manifest:
     made: Manifest = {
         "name": container,
         "image": schedule.image,
-        "env": [{"name": "PYTHONPATH", "value": schedule.working_dir}],
+        "env": [
+            {"name": key, "value": value} for key, value in ({"PYTHONPATH": schedule.working_dir} | STOP_WAIT).items()
+        ],
         "resources": {"requests": dict(limits), "limits": limits},
         "volumeMounts": [{"name": "domain", "mountPath": _CONFIG_DIR, "readOnly": True}],
     }
@@ -179,9 +184,9 @@ def cron_line(domain: DomainConfig, domain_file: str) -> str:
     """A crontab line, to be run in the project's folder on a machine that reaches the Ray cluster."""
     address = shlex.quote(domain.schedule.ray_address)
     job = f"python pipeline/retrain.py {shlex.quote(domain_file)}"
-    command = (
-        f"cd {shlex.quote(domain.schedule.working_dir)} && ray job submit --address {address} --working-dir . -- {job}"
-    )
+    runtime = shlex.quote(json.dumps({"env_vars": STOP_WAIT}))
+    submit = f"ray job submit --address {address} --working-dir . --runtime-env-json {runtime} -- {job}"
+    command = f"cd {shlex.quote(domain.schedule.working_dir)} && {submit}"
     return f"{domain.schedule.cron} {command.replace('%', chr(92) + '%')}\n"
 
 

@@ -40,6 +40,8 @@ def check_ray_job(spec: dict[str, Any]) -> None:
         assert set(group) <= WORKER_FIELDS
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": group["template"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "300"} in container["env"]
 
 
 @pytest.mark.parametrize("overrides", [(), ("schedule.gpus=0", "schedule.workers=0", "schedule.env_secret=null")])
@@ -84,9 +86,8 @@ def test_the_pods_read_the_domain_that_was_rendered(tmp_path: Path) -> None:
 
 def test_the_cron_line_submits_to_ray() -> None:
     line = cronjobs.render(example("schedule.cron=5 4 * * 0", "name=text"), "cron", "a%b.yaml")
-    assert line.startswith(
-        "5 4 * * 0 cd /hatchery && ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
-    )
+    assert line.startswith("5 4 * * 0 cd /hatchery && ray job submit --address http://127.0.0.1:8265 --working-dir . ")
+    assert """--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}' -- """ in line
     assert line.endswith("python pipeline/retrain.py a\\%b.yaml\n")
 
 
