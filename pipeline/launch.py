@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ import ray.train.torch
 from pydantic import Field
 
 from data_prep import storage
-from pipeline import checkpoint, cluster
+from pipeline import checkpoint, cluster, signals
 from pipeline.artifact import Artifact
 from pipeline.config import (
     ComputeConfig,
@@ -78,7 +79,7 @@ def run_training(
     """Train to the end (from the last checkpoint at job.checkpoints_uri, if any) and give the last checkpoint.
 
     handle: called in a thread with every record. images: to validate on. Raises ValueError for what a worker raised
-    as such, Stopped when the process was asked to end (SIGTERM) and a checkpoint was made, else Ray Train's
+    as such, Stopped when the process was asked to end (SIGTERM, Ctrl-C) and a checkpoint was made, else Ray Train's
     TrainingFailedError.
     """
     references = {"images": ray.put(images) if images else None}
@@ -86,12 +87,13 @@ def run_training(
     compute = job.compute.model_copy(update={"use_gpu": cluster.has_gpus(job.compute)})
     job = job.model_copy(update={"compute": compute})
     failed = None
-    with Monitor(handle) as monitor, monitor.stopping_on_sigterm():
+    with Monitor(handle) as monitor, signals.asking(monitor.request_stop) as asked:
         for _ in range(job.compute.max_rollbacks + 1):
             result = _fit(job, monitor, references)
             outcome = result.return_value or {}
             if outcome.get("kind") == "stopped":
-                raise Stopped(f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint")
+                note = f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint"
+                raise Stopped(note, asked.exit_code)
             if outcome.get("kind") != "roll_back":
                 assert result.checkpoint is not None, "a finished training reports a checkpoint"
                 return result.checkpoint
@@ -158,6 +160,27 @@ def _wait_for_storage(uri: str) -> float:
             time.sleep(5)
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Leaves SIGINT to `pipeline.signals`; an interrupt ends the training on the cluster as well.
+
+    Ray's own handler stays when `fit` is over and keeps its controller: in later stages it would swallow the signal.
+    """
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def fit(self) -> Any:
+        """As Ray's."""
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            with suppress(ray.exceptions.RayError):  # it dies of it, and says so
+                ray.get(self.controller.abort.remote(), timeout=20)
+            raise
+
+
 def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
     filesystem, path = storage.filesystem(job.checkpoints_uri)
     folder, name = path.rsplit("/", 1)
@@ -165,7 +188,7 @@ def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any
     use_gpu = cluster.has_gpus(compute)  # settled by run_training
     # Ray's own check of workers that do not answer; it passes the variable on to the processes that read it
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.hang_timeout_s)
-    return ray.train.torch.TorchTrainer(
+    return _Trainer(
         _worker,
         train_loop_config={
             "job": job.model_dump(mode="json"),

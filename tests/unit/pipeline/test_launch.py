@@ -1,6 +1,5 @@
 """The driver's side of a training: which failures end it, and which are waited for."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,8 +59,8 @@ class FakeMonitor:
     def __exit__(self, *exc_info: object) -> None:
         pass
 
-    def stopping_on_sigterm(self) -> Any:
-        return nullcontext()
+    def request_stop(self) -> None:
+        pass
 
 
 def fit(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
