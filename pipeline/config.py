@@ -25,7 +25,11 @@ EVALUATION_SCALES = (2, 3, 4, 8)
 class StorageConfig(Settings):
     """Where artifacts are kept."""
 
-    uri: str = Field("runs", description="folder or s3://bucket/prefix that receives every artifact")
+    uri: str = Field(
+        "runs",
+        description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
+        "and in a Ray job its path absolute",
+    )
 
 
 class TrackingConfig(Settings):
