@@ -124,8 +124,8 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
                 note = f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}"
                 monitor.handle({"step": max(reached, 0), "warning": note})
             return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
-            errors = list(getattr(failure, "worker_failures", {}).values())
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError, storage.StorageError) as failure:
+            errors = [failure, *getattr(failure, "worker_failures", {}).values()]
             for error in errors:
                 if isinstance(error, ValueError) and not _may_pass(error):
                     raise error from None
@@ -133,7 +133,7 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
             waited_s = _wait_for_storage(job.checkpoints_uri)
             stuck = 0 if monitor.last_step > reached or waited_s else stuck + 1
             if stuck > (STORAGE_RETRIES if unread else 0):
-                raise unread or failure from None
+                raise (unread or failure) from None
             reached = monitor.last_step
             why = "lost its processes again and again"
             if unread or waited_s:

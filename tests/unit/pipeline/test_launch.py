@@ -76,6 +76,17 @@ def test_a_read_that_fails_for_a_while_is_waited_for(tmp_path: Path, monkeypatch
     assert "the storage was away, waited 0 s (s3://b/shard-00001.tar: connection timed out)" in script.told[0]
 
 
+def test_the_drivers_own_reads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [StorageError("s3://b: timed out"), StorageError("s3://b: timed out")]
+
+    def recover(place: str) -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(launch.checkpoint, "recover", recover)
+    assert fit(Script(), tmp_path, monkeypatch).return_value == {"kind": "done"}
+
+
 def test_a_read_that_never_succeeds_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     denied = StorageError("s3://b/shard-00001.tar: access denied")
     with pytest.raises(StorageError, match="access denied"):
