@@ -4,6 +4,7 @@ Memory grows by the same amount with every sample, so two trials tell how many f
 and lowered while it does not fit. The global batch does not move: accumulation follows from the micro-batch.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,23 +25,24 @@ CPU_TEMPORARIES = 1.5  # of what a forward pass keeps for the backward pass, bot
 def find_micro_batch(network: nn.Module, phase: PhaseConfig, compute: ComputeConfig, scale: int, bf16: bool) -> int:
     """Collective: the largest micro-batch that fits on every rank; the network is on its device, without gradients.
 
-    ValueError where not even one sample fits.
+    ValueError on all ranks where not even one sample fits on some.
     """
     device, world_size = next(network.parameters()).device, dist.get_world_size()
     limit = (1 - MARGIN) * memory_limit(compute, device)
     limit -= StateBytes.of(network, compute, world_size).total
-    one, two = (_trial(network, phase, size, scale, bf16) for size in (1, 2))
-    fitting = int((limit - (2 * one - two)) / max(two - one, 1))
+    one, two = (_needed(network, phase, size, scale, bf16) for size in (1, 2))
+    fitting = int((limit - (2 * one - two)) / max(two - one, 1)) if math.isfinite(two) else int(math.isfinite(one))
     share = -(-phase.global_batch // world_size)
     chosen = next((size for size in useful_sizes(share) if size <= fitting), 0)
-    while chosen > 2 and device.type == "cuda" and not _fits(network, phase, chosen, scale, bf16):
+    while chosen > 2 and device.type == "cuda" and math.isinf(_needed(network, phase, chosen, scale, bf16)):
         chosen = next(size for size in useful_sizes(share) if size < chosen)
     vote = torch.tensor(chosen, device=device)
     dist.all_reduce(vote, dist.ReduceOp.MIN)
     if not vote.item():
+        needed = f"{one / 1e9:.3f} GB needed here" if math.isfinite(one) else "out of memory when tried here"
         raise ValueError(
             f"not one sample of patch_px {phase.patch_px} fits in {max(limit, 0) / 1e9:.3f} GB beside the model's "
-            f"state ({one / 1e9:.3f} GB needed): set compute.activation_checkpoint=block or a higher compute.zero_stage"
+            f"state ({needed}): set compute.activation_checkpoint=block or a higher compute.zero_stage"
         )
     return int(vote.item())
 
@@ -68,6 +70,16 @@ def _container_limit() -> float:
     return float("inf") if text == "max" else float(text)
 
 
+def _needed(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:
+    """What `_trial` finds; infinite where memory runs out. Raising would leave the other ranks waiting for a vote."""
+    try:
+        return _trial(network, phase, size, scale, bf16)
+    except (torch.OutOfMemoryError, MemoryError):
+        return math.inf
+    finally:
+        torch.cuda.empty_cache()
+
+
 def _trial(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:
     """Bytes beside the model's state that one forward and backward pass of `size` samples needs at its peak."""
     device = next(network.parameters()).device
@@ -82,13 +94,3 @@ def _trial(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16: 
         return float(torch.cuda.max_memory_allocated(device) - before - gradients)
     finally:
         network.zero_grad(set_to_none=True)
-
-
-def _fits(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> bool:
-    try:
-        _trial(network, phase, size, scale, bf16)
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.empty_cache()
-    return True

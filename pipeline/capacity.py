@@ -1,5 +1,6 @@
 """`hatchery plan`: what a recipe needs on a cluster, before anything is rented: memory, traffic, days."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from model import build
 from model.losses import build_loss
 from pipeline.arithmetic import macs_per_sample
 from pipeline.autobatch import CPU_TEMPORARIES, MARGIN
-from pipeline.config import Recipe
+from pipeline.config import PhaseConfig, Recipe
 from pipeline.memory import FP32, MOMENTS, StateBytes, parameter_count, saved_bytes, training_pass
 
 GB = 1e9
@@ -104,7 +105,7 @@ def training_table(
     for name, training in recipe.trainings.items():
         phase = recipe.phases[training.phase]
         step_s = step_time_s or sample.time_s * -(-phase.global_batch // machines.gpus)
-        saves = -(-phase.steps // phase.checkpoint_every)
+        saves = num_checkpoints(phase, step_s, recipe.compute.checkpoint_every_s)
         table.add_row(
             name,
             str(phase.steps),
@@ -115,6 +116,12 @@ def training_table(
             f"{saves * checkpoint_bytes(recipe, name) / GB:.1f}",
         )
     return table
+
+
+def num_checkpoints(phase: PhaseConfig, step_s: float, every_s: float | None) -> int:
+    """Checkpoints of a training: at its phase's steps, and by the clock where those are further apart."""
+    between = min(phase.checkpoint_every, every_s / step_s) if every_s else phase.checkpoint_every
+    return math.ceil(phase.steps / max(between, 1))
 
 
 def checkpoint_bytes(recipe: Recipe, training: str) -> float:

@@ -39,7 +39,7 @@ Group = list[tuple[str, list[int], int]]  # name, shape and elements per rank of
 def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], place: str) -> None:
     """Collective: write this rank's file (None: it has nothing to save) and let it be uploaded in the background.
 
-    meta: from rank 0 goes into the checkpoint; must hold "step". place: URI of the run's checkpoint folder.
+    meta: from rank 0 goes into the checkpoint; must hold "step" and "data_step". place: URI of the run's checkpoints.
     An upload that fails for ten minutes raises in the training.
     """
     rank = ray.train.get_context().get_world_rank()
@@ -54,7 +54,7 @@ def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], pla
     ray.train.report(
         reported,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
-        checkpoint_dir_name=f"step-{meta['step']:08d}-{meta['data_step']:08d}",
+        checkpoint_dir_name=name_of(meta),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
         checkpoint_upload_fn=lambda checkpoint, name: _upload(Path(checkpoint.path), storage.join(place, name)),
         delete_local_checkpoint_after_upload=False,
@@ -87,6 +87,11 @@ def sweep() -> None:
         with suppress(FileNotFoundError):  # another worker of this machine sweeps as well
             if storage.is_abandoned(folder, FOLDER):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def name_of(meta: dict[str, Any]) -> str:
+    """The folder of a checkpoint; later ones sort behind earlier ones."""
+    return f"step-{meta['step']:08d}-{meta['data_step']:08d}"
 
 
 def part_name(rank: int) -> str:
@@ -122,11 +127,25 @@ def recover(place: str) -> str | None:
             return None
         storage.write_bytes(f"{snapshot}.unusable", content)
         storage.delete(snapshot)
-    for name in sorted(found, reverse=True):
-        uri = storage.join(place, name)
-        if META in found[name] and not _missing(json.loads(storage.read_bytes(storage.join(uri, META))), found[name]):
-            return uri
-    return None
+    newest = next((name for name in sorted(found, reverse=True) if _is_whole(place, name, found[name])), None)
+    return storage.join(place, newest) if newest else None
+
+
+def discard(place: str, name: str) -> bool:
+    """Delete a checkpoint in favour of an older whole one, which `recover` then finds; False where none is kept.
+
+    Ray Train has no way to go back further than its newest checkpoint; it refuses a list that names a deleted one.
+    """
+    found = _files_by_checkpoint(place)
+    if not any(_is_whole(place, older, found[older]) for older in found if older < name):
+        return False
+    for file in sorted(found.get(name, ()), key=lambda file: file != META):  # without it, the rest counts as nothing
+        storage.delete(storage.join(place, name, file))
+    return True
+
+
+def _is_whole(place: str, name: str, files: set[str]) -> bool:
+    return META in files and not _missing(json.loads(storage.read_bytes(storage.join(place, name, META))), files)
 
 
 def _files_by_checkpoint(place: str) -> dict[str, set[str]]:

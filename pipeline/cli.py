@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)  # ends the process by itself, with code 2 for faults of the command line
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
-        sys.exit(143)
+        sys.exit(stop.exit_code)
     except (ValueError, FileNotFoundError, PermissionError, MemoryError) as error:
         if "--debug" in arguments:
             traceback.print_exc()

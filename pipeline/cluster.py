@@ -71,9 +71,9 @@ def _check_answers(address: str) -> None:
 
 
 def has_gpus(compute: ComputeConfig) -> bool:
-    """Whether each training process gets a GPU."""
+    """Whether each training process gets a GPU; auto: where the cluster has any, even if too few for now."""
     if compute.use_gpu == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= compute.min_workers
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
     return compute.use_gpu
 
 
@@ -83,7 +83,7 @@ def shortage(compute: ComputeConfig) -> str | None:
     cpus = compute.min_workers * compute.cpus_per_worker
     if resources.get("CPU", 0) < cpus:
         return f"training needs {cpus} CPUs, the cluster has {resources.get('CPU', 0):.0f}: waiting for nodes"
-    if compute.use_gpu is True and resources.get("GPU", 0) < compute.min_workers:
+    if has_gpus(compute) and resources.get("GPU", 0) < compute.min_workers:
         gpus = resources.get("GPU", 0)
         return f"training needs {compute.min_workers} GPUs, the cluster has {gpus:.0f}: waiting for nodes"
     return None

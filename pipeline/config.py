@@ -25,7 +25,11 @@ EVALUATION_SCALES = (2, 3, 4, 8)
 class StorageConfig(Settings):
     """Where artifacts are kept."""
 
-    uri: str = Field("runs", description="folder or s3://bucket/prefix that receives every artifact")
+    uri: str = Field(
+        "runs",
+        description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
+        "and in a Ray job its path absolute",
+    )
 
 
 class TrackingConfig(Settings):
@@ -44,7 +48,9 @@ class ComputeConfig(Settings):
     num_workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
         1, description="training processes (one per GPU); [min, max]: goes on with fewer when nodes are lost"
     )
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: one GPU per worker where the cluster has GPUs")
+    use_gpu: bool | Literal["auto"] = Field(
+        "auto", description="one GPU per worker, waited for; auto: where the cluster has any when a training begins"
+    )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores reserved and torch threads per training process")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     offload: Literal["none", "optimizer"] = Field(
@@ -64,7 +70,15 @@ class ComputeConfig(Settings):
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
     )
-    resize_every_s: float = Field(300, gt=0, description="with [min, max] workers: how often more are looked for")
+    checkpoint_every_s: float | None = Field(
+        600, gt=0, description="longest time between checkpoints, beside the phase's checkpoint_every; null: no limit"
+    )
+    resize_every_s: float = Field(
+        300,
+        gt=0,
+        description="with [min, max] workers: how often more are looked for; taking them in costs a restart and what "
+        "was done since the last checkpoint, so at most checkpoint_every_s",
+    )
     checkpoints_kept: int = Field(2, ge=1, description="newest training checkpoints kept in the storage")
     bad_steps_tolerated: int = Field(
         5, ge=0, description="non-finite steps in a row that are skipped; one more goes back to the last checkpoint"
@@ -145,7 +159,9 @@ class PhaseConfig(Settings):
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
     cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
-    checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
+    checkpoint_every: int = Field(
+        5000, ge=1, description="steps between checkpoints; compute.checkpoint_every_s makes more where steps are slow"
+    )
     log_every: int = Field(100, ge=1, description="steps between metrics")
 
     def what(self) -> dict[str, Any]:

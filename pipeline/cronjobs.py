@@ -8,6 +8,7 @@ cron: a line for crontab that submits to a running Ray cluster.
 Fields: https://ray-project.github.io/kuberay/reference/api/ (RayJobSpec, RayClusterSpec, RayCronJobSpec).
 """
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ Manifest = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 KUBECTL_IMAGE = "registry.k8s.io/kubectl:v1.34.1"
 RAY_VERSION = "2.60.0"
+# `ray job stop` waits so long between SIGTERM and SIGKILL, by default 3 s: a checkpoint takes longer.
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
 _CONFIG_DIR, _MANIFEST_DIR = "/etc/hatchery", "/rayjob"
 _PREFIX = "retrain-"
 _LONGEST_NAME = 47  # of a RayJob: the names of its cluster's services must fit 63 characters
@@ -215,7 +218,9 @@ def pod_template(domain: DomainConfig, container: str, gpus: int) -> Manifest:
     made: Manifest = {
         "name": container,
         "image": schedule.image,
-        "env": [{"name": "PYTHONPATH", "value": schedule.working_dir}],
+        "env": [
+            {"name": key, "value": value} for key, value in ({"PYTHONPATH": schedule.working_dir} | STOP_WAIT).items()
+        ],
         "resources": {"requests": dict(limits), "limits": limits},
         "volumeMounts": [{"name": "domain", "mountPath": _CONFIG_DIR, "readOnly": True}],
     }
@@ -241,6 +246,8 @@ def cron_line(domain: DomainConfig, domain_file: str, sets: Sequence[str] = ()) 
     submit = [ray, "job", "submit", "--address", schedule.ray_address, "--working-dir", "."]
     if schedule.runtime_env:
         submit += ["--runtime-env", schedule.runtime_env]
+    else:
+        submit += ["--runtime-env-json", json.dumps({"env_vars": STOP_WAIT})]
     job = ["python", "pipeline/retrain.py", _in_project(domain, domain_file), *sets]
     command = f"cd {shlex.quote(schedule.working_dir)} && {shlex.join([*submit, '--', *map(_for_ray, job)])}"
     return f"{schedule.cron} {command.replace('%', chr(92) + '%')}\n"

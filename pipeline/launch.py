@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,7 +18,7 @@ import ray.train.torch
 from pydantic import Field
 
 from data_prep import storage
-from pipeline import checkpoint, cluster
+from pipeline import checkpoint, cluster, signals
 from pipeline.artifact import Artifact
 from pipeline.config import (
     ComputeConfig,
@@ -31,6 +32,9 @@ from pipeline.config import (
 from pipeline.errors import Stopped
 from pipeline.monitor import Monitor, Record
 from pipeline.validate import ImagePair
+
+STORAGE_RETRIES = 5
+"""Times that a training is begun again without getting further while reading from the storage fails."""
 
 
 class TrainJob(Settings):
@@ -75,30 +79,44 @@ def run_training(
     """Train to the end (from the last checkpoint at job.checkpoints_uri, if any) and give the last checkpoint.
 
     handle: called in a thread with every record. images: to validate on. Raises ValueError for what a worker raised
-    as such, Stopped when the process was asked to end (SIGTERM) and a checkpoint was made, else Ray Train's
+    as such, Stopped when the process was asked to end (SIGTERM, Ctrl-C) and a checkpoint was made, else Ray Train's
     TrainingFailedError.
     """
     references = {"images": ray.put(images) if images else None}
-    for _ in range(job.compute.max_rollbacks + 1):
-        with Monitor(handle) as monitor, monitor.stopping_on_sigterm():
+    # decided once: a node that is lost for an hour must not turn a training on GPUs into one on CPUs
+    compute = job.compute.model_copy(update={"use_gpu": cluster.has_gpus(job.compute)})
+    job = job.model_copy(update={"compute": compute})
+    failed = None
+    with Monitor(handle) as monitor, signals.asking(monitor.request_stop) as asked:
+        for _ in range(job.compute.max_rollbacks + 1):
             result = _fit(job, monitor, references)
-        outcome = result.return_value or {}
-        if outcome.get("kind") == "stopped":
-            raise Stopped(f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint")
-        if outcome.get("kind") != "roll_back":
-            assert result.checkpoint is not None, "a finished training reports a checkpoint"
-            return result.checkpoint
-        job = job.model_copy(update={"data_offset": outcome["data_offset"]})
-        handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to the last checkpoint"})
+            outcome = result.return_value or {}
+            if outcome.get("kind") == "stopped":
+                note = f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint"
+                raise Stopped(note, asked.exit_code)
+            if outcome.get("kind") != "roll_back":
+                assert result.checkpoint is not None, "a finished training reports a checkpoint"
+                return result.checkpoint
+            job = job.model_copy(update={"data_offset": outcome["data_offset"]})
+            target = _way_back(job.checkpoints_uri, outcome["checkpoint"], failed)
+            failed = outcome["checkpoint"]
+            handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to {target}"})
     raise ValueError(
         f"{job.name}: {outcome['reason']}, after going back {job.compute.max_rollbacks} times: "
         f"lower the learning rate, set grad_clip, or use precision fp32"
     )
 
 
+def _way_back(place: str, last: str | None, failed: str | None) -> str:
+    """Where a training goes back to, in words: past the last checkpoint where that has failed before."""
+    if last is not None and last == failed and checkpoint.discard(place, last):
+        return f"the checkpoint before {last}, which failed twice"
+    return "the last checkpoint"
+
+
 def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
     """The Ray Train run, begun again while it gets further between failures, or the storage was out of reach."""
-    reached = -1
+    reached, stuck = -1, 0
     while True:
         try:
             recovered = checkpoint.recover(job.checkpoints_uri)
@@ -106,16 +124,26 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
                 note = f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}"
                 monitor.handle({"step": max(reached, 0), "warning": note})
             return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as failure:
-            for error in getattr(failure, "worker_failures", {}).values():
-                if isinstance(error, ValueError):
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError, storage.StorageError) as failure:
+            errors = [failure, *getattr(failure, "worker_failures", {}).values()]
+            for error in errors:
+                if isinstance(error, ValueError) and not _may_pass(error):
                     raise error from None
+            unread = next(filter(_may_pass, errors), None)
             waited_s = _wait_for_storage(job.checkpoints_uri)
-            if monitor.last_step <= reached and not waited_s:
-                raise
+            stuck = 0 if monitor.last_step > reached or waited_s else stuck + 1
+            if stuck > (STORAGE_RETRIES if unread else 0):
+                raise (unread or failure) from None
             reached = monitor.last_step
-            why = f"the storage was away, waited {waited_s:.0f} s" if waited_s else "lost its processes again and again"
+            why = "lost its processes again and again"
+            if unread or waited_s:
+                why = f"the storage was away, waited {waited_s:.0f} s{f' ({unread})' if unread else ''}"
             monitor.handle({"step": max(reached, 0), "warning": f"{why}: going on from the last checkpoint"})
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a worker failed because the storage did not answer; what is damaged stays so."""
+    return isinstance(error, storage.StorageError) and not isinstance(error, storage.DamageError)
 
 
 def _wait_for_storage(uri: str) -> float:
@@ -132,14 +160,35 @@ def _wait_for_storage(uri: str) -> float:
             time.sleep(5)
 
 
+class _Trainer(ray.train.torch.TorchTrainer):
+    """Leaves SIGINT to `pipeline.signals`; an interrupt ends the training on the cluster as well.
+
+    Ray's own handler stays when `fit` is over and keeps its controller: in later stages it would swallow the signal.
+    """
+
+    controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+
+    def fit(self) -> Any:
+        """As Ray's."""
+        try:
+            return super().fit()
+        except KeyboardInterrupt:
+            with suppress(ray.exceptions.RayError):  # it dies of it, and says so
+                ray.get(self.controller.abort.remote(), timeout=20)
+            raise
+
+
 def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
     filesystem, path = storage.filesystem(job.checkpoints_uri)
     folder, name = path.rsplit("/", 1)
     compute = job.compute
-    use_gpu = cluster.has_gpus(compute)
+    use_gpu = cluster.has_gpus(compute)  # settled by run_training
     # Ray's own check of workers that do not answer; it passes the variable on to the processes that read it
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(compute.hang_timeout_s)
-    return ray.train.torch.TorchTrainer(
+    return _Trainer(
         _worker,
         train_loop_config={
             "job": job.model_dump(mode="json"),

@@ -6,7 +6,6 @@ that file change, never by comparing clocks of two machines; one that died on th
 
 import json
 import os
-import signal
 import socket
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import psutil
 
 from data_prep import storage
+from pipeline import signals
 
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 30.0
@@ -130,7 +130,7 @@ class StorageLock:
                 found = self._read()
                 if found is not None and found["token"] != self.record["token"]:
                     self.lost_to = str(found["owner"])
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signals.interrupt()
                     return
                 self.record["beat"] += 1
                 storage.write_bytes(self.uri, self._content())

@@ -3,11 +3,10 @@
 Only the driver talks to MLflow and the terminal; workers need neither credentials nor a route to the server.
 """
 
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -86,22 +85,11 @@ class Monitor:
         if exc_info[0] is None and self.error is not None:
             raise self.error
 
-    @contextmanager
-    def stopping_on_sigterm(self) -> Iterator[None]:
-        """SIGTERM (a preempted node, `ray job stop`) lets the training save a checkpoint first."""
-
-        def ask(number: int, frame: object) -> None:
-            # not from the handler itself: it may have interrupted Ray in the middle of a call
-            threading.Thread(target=self.mailbox.request_stop.remote, daemon=True).start()
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def request_stop(self) -> None:
+        """Ask the training to save a checkpoint and end."""
+        self.mailbox.request_stop.remote()
+        note = "asked to stop: saving a checkpoint first (Ctrl-C, once more, ends at once)"
+        self.handle({"step": max(self.last_step, 0), "warning": note})
 
     def _run(self) -> None:
         while not self.stopped.wait(self.interval_s):

@@ -18,7 +18,7 @@ from dataclasses import dataclass  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
-from pipeline import cascade, cluster, plan, report, stages  # noqa: E402
+from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
@@ -54,6 +54,7 @@ def survey(recipe: Recipe) -> Outside:
 
 def prepare(recipe: Recipe, choice: Choice) -> tuple[list[Stage], set[str], Tracker]:
     """Everything that can be wrong before work begins is found here: sources, storage, MLflow, choice."""
+    places.check_lasting(recipe)
     storage.check_writable(recipe.storage.uri)
     found = plan.stages_of(recipe, survey(recipe))
     chosen = plan.select(found, choice.stages, choice.first, choice.last)
@@ -92,6 +93,7 @@ def run(
         if any(entry.action == "run" for entry in planned):
             with cluster.connected(recipe.compute, address, debug), Display(console) as display:
                 tracker.say = display.say
+                places.check_shared(recipe.storage.uri)
                 if (lack := cluster.shortage(recipe.compute)) is not None:
                     display.say(lack)
                 artifacts = _run_stages(recipe, found, chosen, tracker, display)

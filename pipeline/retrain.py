@@ -27,7 +27,7 @@ from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
-from pipeline import pretrain, registry, tracking  # noqa: E402
+from pipeline import places, pretrain, registry, tracking  # noqa: E402
 from pipeline.config import (  # noqa: E402
     DataConfig,
     MixPartConfig,
@@ -55,6 +55,7 @@ def run(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
+    places.check_lasting(domain)
     storage.check_writable(domain.storage.uri)
     ledger = Ledger(domain.storage.uri, domain.name)
     with ExitStack() as stack:

@@ -174,7 +174,8 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
             used = record["params"]
             work.tracker.tag_later(work.run_id, {f"hatchery.{key}": str(value) for key, value in used.items()})
             plural = "" if used["workers_used"] == 1 else "es"
-            work.display.say(f"{say}{used['workers_used']} process{plural} from step {step}, {used['precision_used']}")
+            how = f"{used['precision_used']} on {used['device'].partition(':')[0]}"
+            work.display.say(f"{say}{used['workers_used']} process{plural} from step {step}, {how}")
         if "warning" in record:
             work.display.say(say + record["warning"])
             work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))

@@ -24,6 +24,7 @@ from pipeline.communication import CommunicationProbe
 from pipeline.config import digest_of
 from pipeline.launch import TrainJob
 from pipeline.monitor import StopWatch
+from pipeline.saving import SaveWatch
 from pipeline.schedule import learning_rate
 from pipeline.window import Window
 from pipeline.worker import Run, fresh_network, set_up
@@ -78,7 +79,9 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     phase, every = run.job.phase, run.job.validation.every
     window, watch, probe, bad_steps = Window(run.device), StopWatch(run.mailbox), CommunicationProbe(), 0
     metrics: dict[str, float] = {}
-    trace = _Trace(run)
+    # one clock for all: rank 0's
+    saves = SaveWatch(run.job.compute.checkpoint_every_s if run.rank == 0 else None)
+    trace, due, stop = _Trace(run), False, False
     while run.step < phase.steps:
         alive.rearm()
         last, logging = run.step + 1 == phase.steps, (run.step + 1) % phase.log_every == 0
@@ -86,30 +89,35 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
             probe.begin()
         trace.before_step()
         rate = learning_rate(run.step, phase)
-        keys = step(run, window, rate, want_stop=run.rank == 0 and watch.poll())
+        keys = step(run, window, rate, want_stop=run.rank == 0 and watch.poll(), want_save=saves.poll())
         trace.after_step()
         bad_steps = 0 if run.optimizer.applied else bad_steps + 1
         if bad_steps:
             _tell_of_bad_step(run, keys)
-            if bad_steps > run.job.compute.bad_steps_tolerated:
+            if last or bad_steps > run.job.compute.bad_steps_tolerated:
                 return _roll_back(run, bad_steps)
         if last or logging:
             metrics = _log(run, window, probe.end(), rate)
         if run.validator is not None and (last or (every and run.step % every == 0)):
             metrics |= _validate(run, alive)
-        stop = run.optimizer.stop_wanted
-        if run.step % phase.checkpoint_every == 0 or last or stop:
+        stop = stop or run.optimizer.stop_wanted
+        due = due or run.optimizer.save_wanted or run.step % phase.checkpoint_every == 0 or last or stop
+        if due and not bad_steps:  # amid bad steps the weights may be the cause: going back must not lead to them
             save(run, metrics)
-        if stop and not last:
-            return {"kind": "stopped", "step": run.step}
+            if saves.preempted:
+                run.report({"warning": f"a node is being taken away: saved a checkpoint at step {run.step}"})
+            saves.saved()
+            due = False
+            if stop and not last:
+                return {"kind": "stopped", "step": run.step}
     return {"kind": "done", "step": run.step}
 
 
-def step(run: Run, window: Window, rate: float, *, want_stop: bool = False) -> list[str]:
+def step(run: Run, window: Window, rate: float, *, want_stop: bool = False, want_save: bool = False) -> list[str]:
     """One optimizer step at a learning rate, and the averages after it; the names of this rank's samples."""
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.begin_step(want_stop=want_stop)
+    run.optimizer.begin_step(want_stop=want_stop, want_save=want_save)
     keys = _global_batch(run, window)
     run.step += 1
     window.steps += 1
@@ -129,6 +137,7 @@ def _global_batch(run: Run, window: Window) -> list[str]:
         set_drop_path_draws(run.engine.module, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
         with window.timing("forward_s"):
             loss = _weighted_loss(run, batch)
+            run.optimizer.add_loss(loss)
         with window.timing("backward_s"):
             run.engine.backward(loss)
         with window.timing("optimizer_s"):
@@ -240,18 +249,20 @@ def save(run: Run, metrics: dict[str, float]) -> None:
         "best": best.model_dump() if best else None,
     }
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
+    run.saved = checkpoint.name_of(meta)
     checkpoint.save(part, meta, metrics, run.job.checkpoints_uri)
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:
     """Every rank names the samples of a step that was not applied."""
-    named = ", ".join(keys)
-    warning = f"step {run.step} not applied: gradient norm {run.optimizer.grad_norm}; rank {run.rank} had {named}"
+    had = f"rank {run.rank} had loss {float(run.optimizer.loss):.5g} from {', '.join(keys)}"
+    warning = f"step {run.step} not applied: gradient norm {run.optimizer.grad_norm:.5g}; {had}"
     run.mailbox.post.remote({"step": run.step, "warning": warning})
 
 
 def _roll_back(run: Run, bad_steps: int) -> dict[str, Any]:
     """How the driver is told to go back to the last checkpoint, and from which data position to go on."""
     reason = f"{bad_steps} steps in a row up to step {run.step} had a non-finite loss or gradient"
-    # the last checkpoint's step is not known here; an offset past all data seen so far is fresh from any of them
-    return {"kind": "roll_back", "step": run.step, "data_offset": run.step + run.data_offset, "reason": reason}
+    # which checkpoint is committed is not known here; an offset past all data seen so far is fresh from any of them
+    offset = run.step + run.data_offset
+    return {"kind": "roll_back", "step": run.step, "data_offset": offset, "checkpoint": run.saved, "reason": reason}

@@ -30,7 +30,10 @@ from pipeline.validate import Best, Validator
 
 @dataclass
 class Run:
-    """One training process. `step` counts global batches; the data position runs `data_offset` ahead."""
+    """One training process.
+
+    `step` counts global batches; the data position runs `data_offset` ahead. `saved` names the last checkpoint.
+    """
 
     job: TrainJob
     engine: Any
@@ -45,6 +48,7 @@ class Run:
     passes: int
     step: int
     data_offset: int
+    saved: str | None
     mailbox: Any
     validator: Validator | None
     system: SystemWatch | None
@@ -91,6 +95,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         passes=micro_batches_per_step(job.phase.global_batch, micro_batch, world_size),
         step=step,
         data_offset=data_offset,
+        saved=checkpoint.name_of(meta) if state is not None else None,
         mailbox=mailbox,
         validator=_validator(job, images, meta),
         system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,

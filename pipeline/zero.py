@@ -28,6 +28,7 @@ def initialize(
     """A DeepSpeed engine around a network whose weights are already those to start from, on the device to train on.
 
     bf16 means autocast over fp32 weights: the networks have 10 to 70 M parameters, activations are what weighs.
+    Gradients are summed over the ranks in fp32.
     """
     # The shared-memory collective is compiled at first use: 30 s, a compiler, and a lock file that can hang.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -68,7 +69,9 @@ def _config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+        # the list names layers whose gradients (and at ZeRO 3 weights) DeepSpeed sends as bf16, by default all Linear
+        # and Conv: sums over ranks would lose 16 bits. What autocast computes in bf16 does not depend on it.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }
 
 

@@ -155,6 +155,21 @@ def test_changed_config_is_planned_anew_and_only_what_it_concerns(cloud: Cloud) 
     assert "6 of 15 stages to run, 6 training steps" in plan.stdout
 
 
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("runs", "storage.uri 'runs' is a relative path, and this is a Ray job"),
+        # the working folder of whoever looks: each node has its own
+        ("/proc/self/cwd/runs", "is not the same folder on 127.0.0.2 as on the driver's node: use s3://"),
+    ],
+)
+def test_storage_that_vanishes_or_is_not_shared_is_refused_before_any_work(cloud: Cloud, uri: str, words: str) -> None:
+    tried = cloud.run(storage_uri=uri)
+    assert tried.returncode != 0
+    assert words in tried.stdout + tried.stderr
+    assert "[1/15]" not in tried.stdout
+
+
 def local(*arguments: str, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
     """The same command without a cluster, as `python -m pipeline.pretrain`."""
     command = [sys.executable, "-m", "pipeline.pretrain", "--recipe", "tests/integration/tiny.yaml", *arguments]

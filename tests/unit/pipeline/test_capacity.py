@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import build
 from pipeline import capacity
 from pipeline.arithmetic import macs_per_sample, peak_macs_per_s
-from pipeline.config import load_recipe
+from pipeline.config import PhaseConfig, load_recipe
 from tests.plain import plain_form
 from tests.shared_data import ROOT
 
@@ -48,6 +48,13 @@ def test_checkpoints_hold_weights_moments_and_averages(recipe):
     network = build(recipe.model.arch, 2, **recipe.model.options)
     trained = sum(p.numel() for p in network.parameters())
     assert capacity.checkpoint_bytes(recipe, "pretrain-x2") == 16 * trained
+
+
+def test_checkpoints_are_made_by_steps_and_by_the_clock():
+    phase = PhaseConfig(data="d", steps=10_000, checkpoint_every=5000)
+    assert capacity.num_checkpoints(phase, 1.0, None) == 2
+    assert capacity.num_checkpoints(phase, 1.0, 600) == 17
+    assert capacity.num_checkpoints(phase, 0.01, 600) == 2
 
 
 def test_samples_that_fit_follow_the_memory():

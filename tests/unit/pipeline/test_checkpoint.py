@@ -126,3 +126,25 @@ def test_checkpoints_of_killed_workers_are_swept_and_others_kept(
     os.utime(old, (time.time() - 2 * 86400,) * 2)
     checkpoint.sweep()
     assert sorted(tmp_path.glob("hatchery-checkpoint-*")) == sorted([mine, elsewhere])
+
+
+def test_a_checkpoint_that_fails_again_gives_way_to_the_one_before(place: Path) -> None:
+    listing(place, "step-00000002-00000002", "step-00000004-00000004")
+    assert checkpoint.discard(str(place), "step-00000004-00000004")
+    assert checkpoint.recover(str(place)) == f"{place}/step-00000002-00000002"
+    assert not (place / checkpoint.SNAPSHOT).exists()
+
+
+def test_the_only_checkpoint_is_kept(place: Path) -> None:
+    listing(place, "step-00000002-00000002")
+    assert not checkpoint.discard(str(place), "step-00000002-00000002")
+    assert checkpoint.recover(str(place)) is None
+    assert (place / "step-00000002-00000002" / checkpoint.META).exists()
+
+
+def test_an_older_checkpoint_that_is_not_whole_is_nothing_to_go_back_to(tmp_path: Path) -> None:
+    for step, ranks in ((2, 3), (4, 2)):
+        folder = tmp_path / f"step-{step:08}-{step:08}"
+        folder.mkdir()
+        write(folder, world_size=ranks)
+    assert not checkpoint.discard(str(tmp_path), "step-00000004-00000004")

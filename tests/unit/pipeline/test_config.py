@@ -39,6 +39,14 @@ def test_published_recipes_keep_the_papers_schedules(name: str) -> None:
     assert pretrain.milestones == (300_000, 500_000, 650_000, 700_000, 750_000)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_recipes_look_at_themselves_and_wait_for_gpus(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.validation.every == 5000
+    assert recipe.registry.gate.validation_set in recipe.evaluate.sets
+    assert recipe.compute.use_gpu is True
+
+
 def test_overrides_change_values_and_types() -> None:
     recipe = demo("phases.pretrain.steps=7", "evaluate.sets.Set5=/data/Set5", "compute.zero_stage=2")
     assert recipe.phases["pretrain"].steps == 7

@@ -48,6 +48,8 @@ def check_ray_job(spec: dict[str, Any]) -> None:
         assert set(group) <= WORKER_FIELDS
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": group["template"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        (container,) = group["template"]["spec"]["containers"]
+        assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "300"} in container["env"]
 
 
 @pytest.mark.parametrize("overrides", [(), ("schedule.gpus=0", "schedule.workers=0", "schedule.env_secret=null")])
@@ -148,7 +150,8 @@ def test_the_cron_line_knows_no_virtual_environment_and_no_variables() -> None:
     """Cron's PATH has no `ray`, and what S3 needs is read from a file by Ray, never written in the crontab."""
     domain = example("schedule.ray=/opt/ray env/bin/ray", "schedule.runtime_env=null", "schedule.working_dir=/my job")
     line = cronjobs.cron_line(domain, EXAMPLE)
-    assert f"cd '/my job' && '/opt/ray env/bin/ray' {SUBMIT}-- python pipeline/retrain.py {EXAMPLE}" in line
+    wait = """--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "300"}}' """
+    assert f"cd '/my job' && '/opt/ray env/bin/ray' {SUBMIT}{wait}-- python pipeline/retrain.py {EXAMPLE}" in line
 
 
 def run_as_cron_and_ray_do(line: str, folder: Path) -> list[str]:

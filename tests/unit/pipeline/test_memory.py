@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
 from model import build
@@ -64,6 +65,42 @@ def test_too_little_memory_for_one_sample_is_said(alone, network):
     compute = ComputeConfig(micro_batch="auto", memory_limit_gb=0.001)
     with pytest.raises(ValueError, match=r"not one sample of patch_px 16 fits .* compute.activation_checkpoint=block"):
         find_micro_batch(network, PHASE, compute, 2, bf16=False)
+
+
+class Greedy(nn.Module):
+    """A network that runs out of memory above a number of samples."""
+
+    def __init__(self, fitting: int) -> None:
+        super().__init__()
+        self.fitting = fitting
+        self.layer = nn.Conv2d(3, 12, 3, padding=1)
+
+    def forward(self, x):
+        if len(x) > self.fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return nn.functional.pixel_shuffle(self.layer(x), 2)
+
+
+def test_a_trial_may_run_out_of_memory(alone):
+    compute = ComputeConfig(micro_batch="auto", memory_limit_gb=1)
+    assert find_micro_batch(Greedy(2), PHASE, compute, 2, bf16=False) == 16
+    assert find_micro_batch(Greedy(1), PHASE, compute, 2, bf16=False) == 1
+    with pytest.raises(ValueError, match=r"not one sample .* \(out of memory when tried here\): set"):
+        find_micro_batch(Greedy(0), PHASE, compute, 2, bf16=False)
+
+
+def voting(rank, folder):
+    """One rank of two, of which the second has less memory than the first."""
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    compute = ComputeConfig(micro_batch="auto", memory_limit_gb=1)
+    assert find_micro_batch(Greedy(2 - rank), PHASE, compute, 2, bf16=False) == 1
+    with pytest.raises(ValueError, match="not one sample"):
+        find_micro_batch(Greedy(1 - rank), PHASE, compute, 2, bf16=False)
+    dist.destroy_process_group()
+
+
+def test_all_ranks_agree_when_one_runs_out_of_memory(tmp_path):
+    mp.spawn(voting, (str(tmp_path),), nprocs=2)
 
 
 def test_useful_sizes_are_the_smallest_for_each_number_of_passes():

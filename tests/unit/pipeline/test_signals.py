@@ -1,0 +1,101 @@
+"""Asking a training to end: first by a checkpoint, then at once; a lost lock never waits for one."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+
+from pipeline import signals
+from pipeline.launch import _Trainer
+from pipeline.lock import LockedError, StorageLock
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_asks(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    called = threading.Event()
+    with signals.asking(called.set) as asked:
+        assert asked.signal is None
+        send(number)
+        assert called.wait(5)
+        assert asked.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_ctrl_c_ends_at_once() -> None:
+    calls: list[int] = []
+    with signals.asking(lambda: calls.append(1)):
+        send(signal.SIGTERM)
+        send(signal.SIGINT)  # asks as well: whoever sits there has not been told yet
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert len(calls) == 2
+
+
+def test_an_interrupt_does_not_wait_for_a_checkpoint() -> None:
+    calls: list[int] = []
+
+    def interrupted() -> None:
+        signals.interrupt()
+        time.sleep(5)
+
+    with signals.asking(lambda: calls.append(1)), pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert calls == []
+
+
+def test_other_threads_are_left_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    inside: list[Any] = []
+
+    def work() -> None:
+        with signals.asking(lambda: None):
+            inside.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before]
+
+
+def trainer(folder: Path, work: Any) -> _Trainer:
+    config = ray.train.RunConfig(name="t", storage_path=str(folder))
+    return _Trainer(work, scaling_config=ray.train.ScalingConfig(num_workers=1), run_config=config)
+
+
+def lose(place: Path) -> None:
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"token": "other", "owner": "somebody@else"}))
+
+
+def test_a_lock_lost_in_a_training_and_after_it_ends_the_run(ray_local: Any, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    place = tmp_path / "lock.json"
+
+    def after() -> None:
+        with StorageLock(str(place), "mine", heartbeat_s=0.1):
+            with signals.asking(lambda: None):
+                trainer(tmp_path / "runs", lambda: None).fit()
+            assert signal.getsignal(signal.SIGINT) is before
+            lose(place)
+            time.sleep(20)
+
+    def during() -> None:
+        with StorageLock(str(place), "mine", heartbeat_s=0.1), signals.asking(lambda: None):
+            threading.Timer(6, lose, [place]).start()
+            trainer(tmp_path / "more", lambda: time.sleep(600)).fit()
+
+    for work in (after, during):
+        place.unlink(missing_ok=True)
+        with pytest.raises(LockedError, match="was taken over by somebody@else"):
+            work()

@@ -1,0 +1,93 @@
+"""The training loop's decisions: when it saves, goes back, stops."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import train
+from pipeline.config import ComputeConfig, PhaseConfig, ValidationConfig
+
+OK, BAD, STOP, SAVE = "ok", "bad", "stop", "save"
+
+
+class Loop:
+    """`_train` with steps that go as told, and what it saved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: str, every: int = 2, tolerated: int = 2) -> None:
+        self.steps = steps
+        self.saved: list[int] = []
+        phase = PhaseConfig(data="d", steps=len(steps), checkpoint_every=every, log_every=100)
+        compute = ComputeConfig(bad_steps_tolerated=tolerated)
+        self.run: Any = SimpleNamespace(
+            job=SimpleNamespace(phase=phase, compute=compute, validation=ValidationConfig()),
+            optimizer=SimpleNamespace(applied=True, stop_wanted=False, save_wanted=False),
+            **{"device": "cpu", "rank": 0, "step": 0, "data_offset": 0, "saved": None, "validator": None},
+        )
+        for name, stand_in in {
+            "Window": lambda device: None,
+            "StopWatch": lambda mailbox: SimpleNamespace(poll=lambda: False),
+            "SaveWatch": lambda every_s: SimpleNamespace(poll=lambda: False, saved=lambda: None, preempted=False),
+            "CommunicationProbe": lambda: SimpleNamespace(begin=lambda: None, end=lambda: 0.0),
+            "_Trace": lambda run: SimpleNamespace(before_step=lambda: None, after_step=lambda: None),
+            "_log": lambda *arguments: {},
+            "_tell_of_bad_step": lambda run, keys: None,
+            "step": self.step,
+            "save": self.save,
+        }.items():
+            monkeypatch.setattr(train, name, stand_in)
+        self.run.mailbox = None
+
+    def step(self, run: Any, window: Any, rate: float, **wishes: bool) -> list[str]:
+        what = self.steps[run.step]
+        run.step += 1
+        run.optimizer.applied, run.optimizer.stop_wanted = BAD not in what, STOP in what
+        run.optimizer.save_wanted = SAVE in what
+        return []
+
+    def save(self, run: Any, metrics: dict[str, float]) -> None:
+        self.saved.append(run.step)
+        run.saved = f"step-{run.step}"
+
+    def outcome(self) -> dict[str, Any]:
+        return train._train(self.run, SimpleNamespace(rearm=lambda: None))  # type: ignore[arg-type]
+
+
+def test_a_save_amid_bad_steps_waits_for_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, OK, OK, OK, BAD, BAD, OK, OK, OK)
+    assert loop.outcome() == {"kind": "done", "step": 8}
+    assert loop.saved == [2, 6, 8]
+
+
+def test_a_bad_streak_goes_back_to_what_was_saved_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, OK, OK, OK, BAD, BAD, BAD, OK, OK)
+    outcome = loop.outcome()
+    assert (outcome["kind"], outcome["step"], outcome["checkpoint"]) == ("roll_back", 6, "step-2")
+    assert outcome["data_offset"] == 6
+    assert loop.saved == [2]
+
+
+def test_a_training_does_not_end_with_a_bad_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, OK, OK, OK, BAD)
+    assert loop.outcome()["kind"] == "roll_back"
+    assert loop.saved == [2]
+
+
+def test_a_wish_to_stop_amid_bad_steps_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, OK, f"{BAD} {STOP}", BAD, OK, OK, OK)
+    assert loop.outcome() == {"kind": "stopped", "step": 4}
+    assert loop.saved == [4]
+
+
+def test_a_wish_to_save_is_granted_on_every_rank_and_kept_amid_bad_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop(monkeypatch, OK, OK, SAVE, OK, OK, f"{BAD} {SAVE}", OK, OK, every=100)
+    assert loop.outcome() == {"kind": "done", "step": 8}
+    assert loop.saved == [3, 7, 8]
+
+
+def test_names_of_bad_steps_say_whose_loss_it_was() -> None:
+    posted: list[Any] = []
+    mailbox = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
+    optimizer = SimpleNamespace(loss=float("inf"), grad_norm=1.5)
+    train._tell_of_bad_step(SimpleNamespace(step=3, rank=1, mailbox=mailbox, optimizer=optimizer), ["a", "b"])  # type: ignore[arg-type]
+    assert posted == [{"step": 3, "warning": "step 3 not applied: gradient norm 1.5; rank 1 had loss inf from a, b"}]
