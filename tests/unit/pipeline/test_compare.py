@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.metrics import RESOLVED_DB
 from pipeline.compare import against_bicubic, bootstrap_interval, compare
 from pipeline.gate import Costs, decide
 from pipeline.rule import GateConfig
@@ -50,6 +51,17 @@ def test_the_interval_holds_the_mean_and_lies_within_the_values(values: list[flo
 def test_equal_images_do_not_break_the_figures() -> None:
     found = compare(judged([math.inf, 30]), judged([math.inf, 29], model="rival"))
     assert found.difference == 0.5
+
+
+def test_one_blank_page_does_not_outweigh_nineteen_better_ones() -> None:
+    """Off by less than uint8 resolves where the rival is exact; reports from before the limit hold infinity."""
+    pages = [30.0 + n for n in range(19)]
+    mine = judged([*(value + 0.5 for value in pages), 62.0], "text")
+    for exact in (math.inf, RESOLVED_DB):
+        found = compare(mine, judged([*pages, exact], "text", "rival"))
+        assert found.difference == pytest.approx((19 * 0.5 + 62 - RESOLVED_DB) / 20)
+        assert found.low > 0
+        assert decide([mine], [judged([*pages, exact], "text")], "champion", GateConfig(better={"text": 0.0})).promoted
 
 
 def test_what_cannot_be_compared_says_so() -> None:

@@ -1,12 +1,16 @@
 """Reports and pictures of made-up results, and the published figures beside them."""
 
+import math
+
 import numpy as np
 import pytest
 
 from model import build
+from model.metrics import RESOLVED_DB
 from pipeline import pictures, published, report
 from pipeline.benchmark import Protocol, set_name
 from pipeline.compare import compare
+from pipeline.evaluate import figures
 from tests.unit.model.tiny import TINY
 from tests.unit.pipeline.figures import judged
 
@@ -32,6 +36,15 @@ def test_json_and_csv_lose_nothing() -> None:
     lines = report.images_csv(results).splitlines()
     assert lines[0].startswith("set,scale,model,image,digest,psnr_y")
     assert [line.split(",")[3] for line in lines[1:]] == ["i0", "i1", "i0"]
+
+
+def test_a_blank_page_has_a_figure_in_valid_json() -> None:
+    blank = np.full((40, 40, 3), 250, np.uint8)
+    found = figures(blank, blank, 2, Protocol(rgb=True))
+    assert (found["psnr_y"], found["psnr_rgb"]) == (RESOLVED_DB, RESOLVED_DB)
+    assert "Infinity" not in report.as_json([judged([found["psnr_y"], 30])])
+    with pytest.raises(ValueError, match="JSON"):
+        report.as_json([judged([math.inf, 30])])
 
 
 def test_published_figures_stand_beside_the_same_network_only() -> None:
