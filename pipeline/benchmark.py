@@ -5,16 +5,15 @@ them (LR_bicubic/X2 ...), else MATLAB-exact bicubic on uint8.
 """
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from data_prep import sources, storage
 from data_prep.bicubic import imresize
+from data_prep.image import decode
 from data_prep.sources import Item
 from pipeline.settings import Settings
 
@@ -116,12 +115,11 @@ def read_pair(image: BenchmarkImage, scale: int) -> Pair:
 
 
 def _decode(data: bytes, item: Item) -> np.ndarray:
-    """uint8 RGB, shape (height, width, 3)."""
+    """uint8 RGB, shape (height, width, 3), read as training reads it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{item.uri} cannot be read as an image ({error}): replace it or leave it out") from error
+        return decode(data)
+    except ValueError as error:
+        raise ValueError(f"{item.uri} {error}: replace it or leave it out") from error
 
 
 def _digest(*contents: bytes) -> str:

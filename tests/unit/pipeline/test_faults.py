@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
+from data_prep.image import decode
 from pipeline import cluster, pretrain
 from pipeline.benchmark import read_pair, read_set, upscale_bicubic
 from pipeline.cli import main
@@ -44,8 +45,24 @@ def test_a_low_resolution_image_of_another_size(tmp_path: Path) -> None:
 
 def test_an_image_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image .* replace it"):
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: cannot identify .* replace it"):
         read_pair(read_set(str(tmp_path), 2)[0], 2)
+
+
+def test_an_image_too_large_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "a.png", 16, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: Image size \(320 pixels\) .* replace it"):
+        read_pair(read_set(str(tmp_path), 2)[0], 2)
+
+
+def test_sixteen_bit_gray_is_judged_as_it_is_trained(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pair = read_pair(read_set(str(tmp_path), 2)[0], 2)
+    np.testing.assert_array_equal(pair.high_res, decode((tmp_path / "ramp.png").read_bytes()))
+    assert (pair.high_res.min(), pair.high_res.max()) == (0, 255)
+    assert abs(pair.low_res.mean() - 127.5) < 1
 
 
 def test_images_without_published_low_resolution_are_shrunk(tmp_path: Path) -> None:
