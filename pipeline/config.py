@@ -212,7 +212,7 @@ class EvaluateConfig(Settings):
 
     sets: dict[str, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ..., or just images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     models: tuple[str, ...] = Field((), description="trainings to evaluate; empty: those that nothing starts from")

@@ -35,6 +35,54 @@ def test_a_set_that_lacks_a_low_resolution_image(tmp_path: Path) -> None:
     assert [image.name for image in read_set(str(tmp_path), 3, ("HR/b*",))] == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("truth", "low_res"),
+    [
+        ("HR/{}.png", "LR_bicubic/X2/{}x2.png"),
+        ("HR/{}.png", "LRbicx2/{}.png"),
+        ("GTmod12/{}.png", "LRbicx2/{}.png"),
+        ("GTmod2/{}.png", "LRbicx2/{}.png"),
+        ("{}.png", "LR_bicubic/X2/{}x2.png"),
+        ("{}.png", "DIV2K_valid_LR_bicubic/X2/{}x2.png"),
+        ("valid/{}.png", "LRbicx3/{}.png"),
+    ],
+)
+def test_the_layouts_of_published_sets(tmp_path: Path, truth: str, low_res: str) -> None:
+    for name in ("a", "b"):
+        for template, side in (("GTmod3/{}.png", 15), (truth, 24), (low_res, 12)):
+            if "GTmod" in truth or "GTmod" not in template:
+                save_image(tmp_path / template.format(name), side, side)
+    found = read_set(str(tmp_path), 2)
+    assert [image.name for image in found] == ["a", "b"]
+    assert {read_pair(image, 2).high_res.shape for image in found} == {(24, 24, 3)}
+    published = low_res.startswith(("LR_bicubic/X2", "LRbicx2"))
+    assert all((image.low_res is not None) == published for image in found)
+
+
+@pytest.mark.parametrize(
+    ("paths", "below", "words"),
+    [
+        (["LR_bicubic/X2/a.png"], "", "holds only low-resolution images: add HR/"),
+        (["LRbicx2/a.png"], "LRbicx2", "holds low-resolution images: name the folder of the whole set"),
+        (["LR_bicubic/X2/a.png"], "LR_bicubic/X2", "holds low-resolution images: name the folder"),
+        (["GTmod3/a.png", "LRbicx2/a.png"], "", "has GTmod3, none of them cut for x2: add GTmod2/"),
+        (["one/a.png", "two/a.jpg"], "", r"two/a\.jpg and one/a\.png are both called a: rename one"),
+    ],
+)
+def test_folders_that_are_no_benchmark(tmp_path: Path, paths: list[str], below: str, words: str) -> None:
+    for path in paths:
+        save_image(tmp_path / path, 12, 12)
+    with pytest.raises(ValueError, match=words):
+        read_set(str(tmp_path / below), 2)
+
+
+def test_an_include_that_takes_no_truth(tmp_path: Path) -> None:
+    for path in ("HR/a.png", "LRbicx2/a.png"):
+        save_image(tmp_path / path, 12, 12)
+    with pytest.raises(ValueError, match=r"include \['LRbicx2/\*'\] takes none of its high-resolution images"):
+        read_set(str(tmp_path), 2, ("LRbicx2/*",))
+
+
 def test_a_low_resolution_image_of_another_size(tmp_path: Path) -> None:
     save_image(tmp_path / "HR" / "a.png", 17, 20)
     save_image(tmp_path / "LR_bicubic" / "X2" / "a.png", 9, 10)

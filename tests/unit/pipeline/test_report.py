@@ -92,4 +92,5 @@ def test_the_crop_lies_on_the_error() -> None:
 
 
 def test_sets_are_named_by_their_folder() -> None:
-    assert [set_name(uri) for uri in ("/a/Set5/", "s3://b/Set5/HR", "photographs:")] == ["Set5", "Set5", "photographs"]
+    uris = ("/a/Set5/", "s3://b/Set5/HR", "/a/Set5/GTmod12", "photographs:")
+    assert [set_name(uri) for uri in uris] == ["Set5", "Set5", "Set5", "photographs"]
