@@ -255,7 +255,8 @@ class Recipe(Places):
     @model_validator(mode="after")
     def _cross_checks(self) -> "Recipe":
         _check_references(self)
-        _check_batches(self)
+        for name, phase in self.phases.items():
+            check_batch(f"phases.{name}", phase, self.compute)
         _check_evaluation(self)
         _check_networks(self)
         return self
@@ -310,19 +311,18 @@ def _check_references(recipe: Recipe) -> None:
             raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {known}")
 
 
-def _check_batches(recipe: Recipe) -> None:
-    workers, micro_batch = recipe.compute.max_workers, recipe.compute.micro_batch
-    for name, phase in recipe.phases.items():
-        if phase.global_batch < workers:
-            raise ValueError(
-                f"phases.{name}.global_batch {phase.global_batch} is less than compute.num_workers {workers}: "
-                f"use fewer workers, the global batch is the recipe"
-            )
-        if micro_batch != "auto" and phase.global_batch < micro_batch:
-            raise ValueError(
-                f"phases.{name}.global_batch {phase.global_batch} is less than compute.micro_batch {micro_batch}: "
-                f"lower compute.micro_batch"
-            )
+def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
+    """ValueError where the phase at a key has a global batch that cannot be spread as `compute` says."""
+    if phase.global_batch < compute.max_workers:
+        raise ValueError(
+            f"{key}.global_batch {phase.global_batch} is less than compute.num_workers {compute.max_workers}: "
+            f"use fewer workers, the global batch is the recipe"
+        )
+    if compute.micro_batch != "auto" and phase.global_batch < compute.micro_batch:
+        raise ValueError(
+            f"{key}.global_batch {phase.global_batch} is less than compute.micro_batch {compute.micro_batch}: "
+            f"lower compute.micro_batch"
+        )
 
 
 def _check_evaluation(recipe: Recipe) -> None:

@@ -138,8 +138,35 @@ def test_nothing_or_too_little_is_said_and_left(domain: Domain, capsys: pytest.C
     assert "1 files cannot be used" in said
     assert "3 new images, 8 make a retraining worthwhile: nothing to do" in said
     assert domain.ledger.rounds() == []
-    overdue = quick(domain, capsys, "--set", "max_wait_days=0", "--dry-run")
-    assert "3 new images (1 files cannot be used)" in overdue
+    overdue = ("--set", "max_wait_days=0", "--dry-run")
+    assert "all 3 new images are held out for judgement" in quick(domain, capsys, *overdue)
+    said = quick(domain, capsys, *overdue, "--set", "min_hold_out=1", "--set", "hold_out_share=0.01")
+    assert "round 1 with 2 new images to train on and 1 held out, from models:/tiny-x2/1" in said
+    assert "a call would train 50 steps" in said
+    assert domain.ledger.rounds() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.patch_px=20", ["training.patch_px 20", "window 8: use 16"]),
+        ("training.patch_px=80", ["min_side_px 150", "raise it to 160"]),
+        ("registered_as=other-x3", ["'other-x3'", "ends in -x2"]),
+        ("gate.metric=psnr_rgb", ["gate.metric psnr_rgb", "evaluate.protocol.rgb=true"]),
+        ("evaluate.sets.Set5=/absent", ["/absent"]),
+    ],
+)
+def test_what_cannot_be_run_opens_no_round(
+    domain: Domain, capsys: pytest.CaptureFixture[str], override: str, words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["retrain", str(domain.file), "--now", "--set", "min_hold_out=1", "--set", override])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert len(said.strip().splitlines()) == 1, said
+    for word in words:
+        assert word in said
+    assert domain.ledger.rounds() == []
 
 
 def test_the_second_of_two_at_once_leaves(domain: Domain, capsys: pytest.CaptureFixture[str]) -> None:

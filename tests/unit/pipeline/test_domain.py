@@ -41,7 +41,13 @@ def domain_file(folder: Path) -> str:
         ("gate.better.nowhere=1", ["nowhere", "text, Set5"]),
         ("hold_out_share=1", ["hold_out_share", "1"]),
         ("replay.shares=0.2", ["replay.shares", "share"]),
-        ("schedule.cron=daily", ["schedule.cron", "daily"]),
+        ("schedule.cron=daily", ["schedule.cron", "'daily' has 1 fields", "minute hour day"]),
+        ("schedule.cron=0 24 * * *", ["schedule.cron", "hour '24'", "within 0-23"]),
+        ("base=models:/tiny-x2", ["base", "models:/tiny-x2", "models:/NAME@champion"]),
+        ("base=models:/tiny-x2@", ["base", "models:/NAME@champion"]),
+        ("registered_as=pages", ["registered_as", "'pages'", "end it in -x2"]),
+        ("compute.num_workers=64", ["training.global_batch 32", "compute.num_workers 64"]),
+        ("training.global_batch=2", ["training.global_batch 2", "lower compute.micro_batch"]),
     ],
 )
 def test_faults_name_the_value(tmp_path: Path, override: str, words: list[str]) -> None:
