@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from data_prep import storage
+from data_prep.degrade import Kind
 from model import build
 from pipeline.benchmark import Protocol
 from pipeline.rule import GateConfig
@@ -144,13 +145,17 @@ class PhaseConfig(Settings):
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
+    degradation: Kind = Field("bicubic", description="how low-resolution crops are made of high-resolution ones")
     cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
     checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
     log_every: int = Field(100, ge=1, description="steps between metrics")
 
     def what(self) -> dict[str, Any]:
         """What decides the result: all but intervals and caches."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "cache_decoded_bytes"})
+        left_out = {"checkpoint_every", "log_every", "cache_decoded_bytes"}
+        if self.degradation == "bicubic":
+            left_out.add("degradation")  # the only one there was: trainings from before the key still count
+        return self.model_dump(mode="json", exclude=left_out)
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> "PhaseConfig":

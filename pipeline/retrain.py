@@ -193,7 +193,7 @@ def round_recipe(domain: DomainConfig, ledger: Ledger, client: MlflowClient, rou
             model=model,
             data=data,
             mixes={MIX: mix},
-            phases={PHASE: domain.training},
+            phases={PHASE: domain.training.model_copy(update={"degradation": domain.degradation})},
             trainings={names[-1]: TrainingConfig(scale=scale, phase=PHASE, init_weights=rounds[-1].start)},
             evaluate=domain.evaluate.model_copy(update={"sets": sets}),
             registry=RegistryConfig(name=_registry_name(domain, start, scale), gate=domain.gate),

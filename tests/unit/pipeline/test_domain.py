@@ -1,17 +1,25 @@
 """Domains and their ledger: what is seen is seen by content, what is held out stays held out."""
 
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from pydantic import ValidationError
 
 from data_prep.sources import list_items
 from model import build
-from pipeline import retrain
+from pipeline import registry, retrain
+from pipeline.config import ModelConfig, Recipe
 from pipeline.costs import measure_costs
 from pipeline.domain import load_domain
 from pipeline.ledger import Ledger, NewImage, Round, with_roles
 from pipeline.settings import ConfigError
+from pipeline.worker import pair_settings
 from tests.domains import let_arrive
 from tests.unit.model.tiny import TINY
 
@@ -127,6 +135,64 @@ def test_an_image_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
     (incoming / "text-00000.png").write_bytes((incoming / "charts-00000.png").read_bytes())
     with pytest.raises(ValueError, match="changed while it was being read"):
         ledger.open(Round(number=1, start="models:/m/1", opened="now", images=tuple(new)))
+
+
+def choose(folder: Path, *overrides: str, now: bool = False) -> tuple[list[NewImage] | None, str]:
+    """What a call at the domain would take in, and what it says of it."""
+    domain = load_domain(domain_file(folder), [f"source={folder}/incoming", *overrides])
+    said: list[str] = []
+    ledger = Ledger(f"{folder}/runs", "text")
+    return retrain._choose_images(domain, ledger, ledger.rounds(), now, said.append), " ".join(said)
+
+
+def test_too_few_new_images_wait_until_the_oldest_is_overdue(tmp_path: Path) -> None:
+    let_arrive("text", tmp_path / "incoming", range(3))
+    few = ("min_hold_out=1", "max_wait_days=14")
+    assert choose(tmp_path, *few) == (None, "text: 3 new images, 50 make a retraining worthwhile: nothing to do")
+    waiting = tmp_path / "runs" / "domains" / "text" / "waiting.json"
+    seen = json.loads(waiting.read_text())
+    waiting.write_text(json.dumps(seen | {min(seen): time.time() - 13.9 * 86_400}))
+    assert choose(tmp_path, *few)[0] is None
+    waiting.write_text(json.dumps(seen | {min(seen): time.time() - 14.1 * 86_400}))
+    images, _ = choose(tmp_path, *few)
+    assert images is not None
+    assert sorted(image.role for image in images) == ["hold-out", "train", "train"]
+
+
+def test_images_that_are_all_held_out_wait(tmp_path: Path) -> None:
+    let_arrive("text", tmp_path / "incoming", range(3))
+    images, said = choose(tmp_path, "min_hold_out=3", now=True)
+    assert images is None
+    assert said == "text: all 3 new images are held out for judgement, none is left to train on: waiting"
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """Makes the recipe of a domain's last round, from a tiny network that no registry holds."""
+    monkeypatch.setattr(registry, "resolve", lambda client, uri: ModelVersion("tiny-x2", uri.rpartition("/")[2], 0))
+    monkeypatch.setattr(retrain, "_model_of", lambda version: (ModelConfig(arch="hat", options=TINY), 2))
+    let_arrive("charts", tmp_path / "Set5", range(1))
+
+    def make(rounds: list[Round], *overrides: str, **more: object) -> Recipe:
+        places = (f"storage.uri={tmp_path}/runs", f"evaluate.sets.Set5={tmp_path}/Set5", "training.patch_px=32")
+        domain = load_domain(domain_file(tmp_path), [*places, *overrides]).model_copy(update=more)
+        return retrain.round_recipe(domain, Ledger(f"{tmp_path}/runs", "text"), MlflowClient(), rounds)
+
+    return make
+
+
+ROUND = Round(number=1, start="models:/tiny-x2/1", opened="now", images=())
+
+
+def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recipe]) -> None:
+    recipe = recipe_of([ROUND], degradation="unheard-of")
+    job = SimpleNamespace(
+        training=recipe.trainings["text-0001"], phase=recipe.phases["retrain"], seed=0, cache_dir="/tmp"
+    )
+    with pytest.raises(ValidationError, match=r"degradation\n.*'bicubic'"):
+        pair_settings(job)  # type: ignore[arg-type]
+    assert recipe.phases["retrain"].what()["degradation"] == "unheard-of"
+    assert "degradation" not in recipe_of([ROUND]).phases["retrain"].what()  # artifacts from before still count
 
 
 def test_the_registered_models_name_must_tell_its_scale(tmp_path: Path) -> None:
