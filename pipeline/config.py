@@ -110,7 +110,7 @@ class DataConfig(Settings):
 
     source: str = Field(description="folder, s3://bucket/prefix, or photographs: (those that scikit-image ships)")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
-    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     samples_per_shard: int = Field(512, ge=1, description="images per WebDataset tar")
     min_side_px: int = Field(64, ge=1, description="images with a shorter side are rejected, with the reason listed")
     max_reject_share: float = Field(0.01, ge=0, le=1, description="share of rejected images that fails the stage")

@@ -20,7 +20,7 @@ class ReplayConfig(Settings):
 
     source: str = Field(description="folder, s3://bucket/prefix, or photographs:")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
-    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     share: float = Field(0.3, gt=0, lt=1, description="share of the training samples that comes from here")
 
 
@@ -49,7 +49,7 @@ class DomainConfig(Places):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
     source: str = Field(description="folder, s3://bucket/prefix or tar where images of the domain arrive")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
-    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     degradation: Kind = Field("bicubic", description="how low-resolution crops are made; judgement is bicubic")
     base: str = Field(description="models:/NAME@champion or models:/NAME/VERSION: what is fine-tuned")
     registered_as: str | None = Field(

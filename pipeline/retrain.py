@@ -42,6 +42,7 @@ from pipeline.config import (  # noqa: E402
     tracking_uri,
 )
 from pipeline.domain import MIX, PHASE, DomainConfig  # noqa: E402
+from pipeline.held_out import judging_among, judging_images, patterns_of_judging  # noqa: E402
 from pipeline.ledger import Ledger, NewImage, Round, with_roles  # noqa: E402
 from pipeline.lock import LockedError, StorageLock  # noqa: E402
 from pipeline.settings import explain  # noqa: E402
@@ -72,7 +73,7 @@ def run(
             return None
         rounds, opened = planned
         # before the round is opened: what is wrong with the config must not leave one that cannot be finished
-        recipe = round_recipe(domain, ledger, client, rounds)
+        recipe = round_recipe(domain, ledger, client, rounds, say)
         if not opened:
             ledger.open(rounds[-1])
         finished = pretrain.run(recipe, pretrain.Choice(), console, address, debug)
@@ -125,7 +126,10 @@ def _choose_images(
         say(f"{domain.name}: {len(new)} new images{needed}: nothing to do")
         return None
     held_before = sum(_num_held(entry.images) for entry in rounds)
-    images = with_roles(new, domain.hold_out_share, domain.min_hold_out - held_before)
+    judging = judging_among(new, judging_images(domain.storage.uri, domain.evaluate))
+    if judging:
+        say(f"{domain.name}: {len(judging)} new images judge already, in another domain or a benchmark: held out")
+    images = with_roles(new, domain.hold_out_share, domain.min_hold_out - held_before, judging)
     if _num_held(images) == len(images):
         say(
             f"{domain.name}: all {len(images)} new images are held out for judgement, none is left to train on: waiting"
@@ -163,25 +167,21 @@ def _start_version(domain: DomainConfig, client: MlflowClient) -> ModelVersion:
     return base
 
 
-def round_recipe(domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round]) -> Recipe:
+def round_recipe(
+    domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round], say: Callable[[str], None]
+) -> Recipe:
     """The recipe of the last round: all rounds' images mixed with replay, from the version the round starts from.
 
-    ConfigError, in the domain's words, where the domain does not fit the network that it starts from.
+    How many images are left out because they judge is said. ConfigError, in the domain's words, where the domain does
+    not fit the network that it starts from.
     """
     start = registry.resolve(client, rounds[-1].start)
     model, scale = _model_of(start)
     _check(domain, scale)
-    shared = {"samples_per_shard": domain.samples_per_shard, "min_side_px": domain.min_side_px}
-    names = tuple(f"{domain.name}-{entry.number:04}" for entry in rounds)
-    data = {
-        name: DataConfig(source=ledger.train_uri(entry.number), max_reject_share=0, **shared)
-        for name, entry in zip(names, rounds, strict=True)
-    }
-    old = domain.replay
-    data["replay"] = DataConfig(
-        source=old.source, include=old.include, exclude=old.exclude, max_reject_share=domain.max_reject_share, **shared
-    )
-    mix = (MixPartConfig(data=names, share=1 - old.share), MixPartConfig(data=("replay",), share=old.share))
+    new, replay = _training_data(domain, ledger, rounds, say)
+    share = domain.replay.share
+    mix = (MixPartConfig(data=tuple(new), share=1 - share), MixPartConfig(data=("replay",), share=share))
+    training = TrainingConfig(scale=scale, phase=PHASE, init_weights=rounds[-1].start)
     sets = {domain.name: ledger.hold_out_uri, **domain.evaluate.sets}
     try:
         return Recipe(
@@ -191,16 +191,45 @@ def round_recipe(domain: DomainConfig, ledger: Ledger, client: MlflowClient, rou
             tracking=domain.tracking,
             compute=domain.compute,
             model=model,
-            data=data,
+            data=new | {"replay": replay},
             mixes={MIX: mix},
             phases={PHASE: domain.training.model_copy(update={"degradation": domain.degradation})},
-            trainings={names[-1]: TrainingConfig(scale=scale, phase=PHASE, init_weights=rounds[-1].start)},
+            trainings={_data_name(domain, rounds[-1]): training},
             evaluate=domain.evaluate.model_copy(update={"sets": sets}),
             registry=RegistryConfig(name=_registry_name(domain, start, scale), gate=domain.gate),
         )
     except ValidationError as error:
         faults = explain(Recipe, f"domain {domain.name}", error)
         raise ConfigError(faults.replace(f"phases.{PHASE}.", "training.").replace("registry.gate", "gate")) from error
+
+
+def _training_data(
+    domain: DomainConfig, ledger: Ledger, rounds: list[Round], say: Callable[[str], None]
+) -> tuple[dict[str, DataConfig], DataConfig]:
+    """Each round's images by name, and the replay, both without what judges now, whoever holds it out since when."""
+    shared: dict[str, Any] = {"samples_per_shard": domain.samples_per_shard, "min_side_px": domain.min_side_px}
+    judging = judging_images(domain.storage.uri, domain.evaluate, rounds[-1])
+    new, left_out = {}, 0
+    for entry in rounds:
+        images = [image for image in entry.images if image.role == "train"]
+        held = judging_among(images, judging)
+        left_out += len(held)
+        if len(held) < len(images):
+            exclude = tuple(f"/{image.sha256}.{image.ext}" for image in images if image.sha256 in held)
+            source = ledger.train_uri(entry.number)
+            new[_data_name(domain, entry)] = DataConfig(source=source, exclude=exclude, max_reject_share=0, **shared)
+    if not new:
+        raise ValueError(f"{domain.name}: all images of its rounds are held out elsewhere: remove them there or here")
+    old = domain.replay
+    replayed = patterns_of_judging(old.source, old.include, old.exclude, judging)
+    if left_out or replayed:
+        say(f"{domain.name}: {left_out} images of its rounds and {len(replayed)} of the replay judge now: left out")
+    shared |= {"max_reject_share": domain.max_reject_share}
+    return new, DataConfig(source=old.source, include=old.include, exclude=(*old.exclude, *replayed), **shared)
+
+
+def _data_name(domain: DomainConfig, entry: Round) -> str:
+    return f"{domain.name}-{entry.number:04}"
 
 
 def _check(domain: DomainConfig, scale: int) -> None:
@@ -241,7 +270,7 @@ def dry_run(domain: DomainConfig, console: Console, now: bool = False) -> None:
     client = tracking.connect_default(tracking_uri(domain))
     planned = _plan(domain, ledger, client, now, say)
     if planned is not None:
-        recipe = round_recipe(domain, ledger, client, planned[0])
+        recipe = round_recipe(domain, ledger, client, planned[0], say)
         say(f"{domain.name}: a call would train {recipe.phases[PHASE].steps} steps, judge and gate")
 
 

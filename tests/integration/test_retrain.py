@@ -154,6 +154,7 @@ def test_nothing_or_too_little_is_said_and_left(domain: Domain, capsys: pytest.C
         ("registered_as=other-x3", ["'other-x3'", "ends in -x2"]),
         ("gate.metric=psnr_rgb", ["gate.metric psnr_rgb", "evaluate.protocol.rgb=true"]),
         ("evaluate.sets.Set5=/absent", ["/absent"]),
+        ("replay.source=/absent", ["/absent"]),
     ],
 )
 def test_what_cannot_be_run_opens_no_round(

@@ -1,5 +1,6 @@
 """Domains and their ledger: what is seen is seen by content, what is held out stays held out."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 from data_prep.sources import list_items
 from model import build
 from pipeline import registry, retrain
-from pipeline.config import ModelConfig, Recipe
+from pipeline.config import DataConfig, ModelConfig, Recipe
 from pipeline.costs import measure_costs
 from pipeline.domain import load_domain
 from pipeline.ledger import Ledger, NewImage, Round, with_roles
@@ -72,8 +73,6 @@ def test_a_domain_file_that_is_absent() -> None:
 
 
 def images(count: int) -> list[NewImage]:
-    import hashlib
-
     digests = [hashlib.sha256(bytes([n])).hexdigest() for n in range(count)]
     return [NewImage(sha256=sha, item_key=sha, uri="/x", offset=None, size=1, ext="png") for sha in digests]
 
@@ -139,7 +138,9 @@ def test_an_image_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
 
 def choose(folder: Path, *overrides: str, now: bool = False) -> tuple[list[NewImage] | None, str]:
     """What a call at the domain would take in, and what it says of it."""
-    domain = load_domain(domain_file(folder), [f"source={folder}/incoming", *overrides])
+    let_arrive("charts", folder / "Set5", range(1))
+    places = (f"storage.uri={folder}/runs", f"evaluate.sets.Set5={folder}/Set5")
+    domain = load_domain(domain_file(folder), [f"source={folder}/incoming", *places, *overrides])
     said: list[str] = []
     ledger = Ledger(f"{folder}/runs", "text")
     return retrain._choose_images(domain, ledger, ledger.rounds(), now, said.append), " ".join(said)
@@ -172,16 +173,83 @@ def recipe_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     monkeypatch.setattr(registry, "resolve", lambda client, uri: ModelVersion("tiny-x2", uri.rpartition("/")[2], 0))
     monkeypatch.setattr(retrain, "_model_of", lambda version: (ModelConfig(arch="hat", options=TINY), 2))
     let_arrive("charts", tmp_path / "Set5", range(1))
+    said: list[str] = []
 
     def make(rounds: list[Round], *overrides: str, **more: object) -> Recipe:
         places = (f"storage.uri={tmp_path}/runs", f"evaluate.sets.Set5={tmp_path}/Set5", "training.patch_px=32")
         domain = load_domain(domain_file(tmp_path), [*places, *overrides]).model_copy(update=more)
-        return retrain.round_recipe(domain, Ledger(f"{tmp_path}/runs", "text"), MlflowClient(), rounds)
+        return retrain.round_recipe(domain, Ledger(f"{tmp_path}/runs", "text"), MlflowClient(), rounds, said.append)
 
+    make.said = said  # type: ignore[attr-defined]
     return make
 
 
-ROUND = Round(number=1, start="models:/tiny-x2/1", opened="now", images=())
+ROUND = Round(number=1, start="models:/tiny-x2/1", opened="now", images=tuple(images(1)))
+
+
+def held_by_another(folder: Path, image: Path) -> None:
+    """Another domain with the same storage holds out an image with this content, under its own name."""
+    data = image.read_bytes()
+    target = folder / "runs" / "domains" / "other" / "hold-out" / f"{hashlib.sha256(data).hexdigest()}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+
+
+def excluded(data: DataConfig) -> set[str]:
+    everything = {item.key for item in list_items(data.source)}
+    return everything - {item.key for item in list_items(data.source, data.include, data.exclude)}
+
+
+def test_what_another_domain_holds_out_never_trains(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    replay, incoming = tmp_path / "replay", tmp_path / "incoming"
+    let_arrive("charts", replay, range(1, 4))
+    let_arrive("charts", replay / "below", range(4, 5))
+    (replay / "below" / "charts-00001.png").write_bytes((replay / "charts-00002.png").read_bytes())
+    let_arrive("text", incoming, range(8))
+    places = [f"replay.source={replay}"]
+    ledger = Ledger(str(tmp_path / "runs"), "text")
+    chosen = open_round(ledger, incoming, 1)
+    round_ = ledger.rounds()[0]
+    before = recipe_of([round_], *places)
+    assert before.data["replay"].exclude == before.data["text-0001"].exclude == ()
+    held_by_another(tmp_path, replay / "charts-00001.png")
+    trained = next(image for image in chosen if image.role == "train")
+    held_by_another(tmp_path, Path(trained.uri))
+    (replay / "page.png").write_bytes((tmp_path / "Set5" / "charts-00000.png").read_bytes())
+    recipe = recipe_of([round_], *places)
+    # not the one of the same name below it
+    assert excluded(recipe.data["replay"]) == {"charts-00001%2Epng", "page%2Epng"}
+    assert excluded(recipe.data["text-0001"]) == {f"{trained.sha256}%2Epng"}
+    assert recipe_of.said == [  # type: ignore[attr-defined]
+        "text: 1 images of its rounds and 2 of the replay judge now: left out"
+    ]
+    for image in chosen:
+        if image.role == "train":
+            held_by_another(tmp_path, Path(image.uri))
+    with pytest.raises(ValueError, match="all images of its rounds are held out elsewhere: remove them"):
+        recipe_of([round_], *places)
+
+
+def test_an_open_rounds_own_hold_out_is_not_replayed(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    """The recipe is made before the round's copies are."""
+    let_arrive("text", tmp_path / "incoming", range(6))
+    new, _ = Ledger(str(tmp_path / "runs"), "text").new_images(list_items(str(tmp_path / "incoming")), 64)
+    round_ = ROUND.model_copy(update={"images": tuple(with_roles(new, 0.3, 1))})
+    recipe = recipe_of([round_], f"replay.source={tmp_path}/incoming")
+    held = {image.item_key for image in round_.images if image.role == "hold-out"}
+    assert held
+    assert excluded(recipe.data["replay"]) == held
+
+
+def test_new_images_that_judge_elsewhere_are_held_out(tmp_path: Path) -> None:
+    let_arrive("text", tmp_path / "incoming", range(3))
+    let_arrive("charts", tmp_path / "incoming", range(1))  # of Set5
+    held_by_another(tmp_path, tmp_path / "incoming" / "text-00001.png")
+    images, said = choose(tmp_path, "min_hold_out=1", "hold_out_share=0.001", now=True)
+    assert "2 new images judge already, in another domain or a benchmark: held out" in said
+    assert images is not None
+    held = {Path(image.uri).name for image in images if image.role == "hold-out"}
+    assert {"text-00001.png", "charts-00000.png"} <= held
 
 
 def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recipe]) -> None:
