@@ -1,6 +1,9 @@
 """What users get wrong, in one line each, outside of recipes' own checks."""
 
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,13 @@ from PIL import Image
 from rich.console import Console
 
 from data_prep.image import decode
-from pipeline import cluster, pretrain
+from pipeline import artifact, cluster, pretrain, stages
 from pipeline.benchmark import read_pair, read_set, upscale_bicubic
 from pipeline.cli import main
 from pipeline.config import ComputeConfig, load_recipe
+from pipeline.lock import LockedError
+from pipeline.plan import Kind, Stage
+from pipeline.progress import Display
 from pipeline.tracking import Tracker, TrackingError
 from tests.shared_data import ROOT
 
@@ -123,6 +129,45 @@ def test_images_without_published_low_resolution_are_shrunk(tmp_path: Path) -> N
 
 def recipe_in(folder: Path, *overrides: str) -> "pretrain.Recipe":
     return load_recipe(TINY, [f"storage.uri={folder}/runs", *overrides])
+
+
+class NoTracker:
+    """A tracker that is told and keeps nothing."""
+
+    def stage_run(self, *told: object) -> str:
+        return "run"
+
+    def finish(self, *told: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["shard", "cascade"])
+def test_two_runs_that_need_the_same_stage_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
+    """Shards are made by one and taken by the other; any other stage is refused to the second."""
+    recipe, stage, began, made = recipe_in(tmp_path), Stage("shard-replay", kind, "shard", ()), threading.Event(), []
+
+    def work(todo: stages.Work) -> artifact.Artifact:
+        began.set()
+        time.sleep(6)  # the lock's heartbeat is 5 s
+        made.append(todo.stage.name)
+        return artifact.publish(recipe.storage.uri, "shard-replay", todo.fingerprint, inputs={}, config={})
+
+    def run(said: io.StringIO) -> artifact.Artifact:
+        console = Console(file=said, width=200)
+        return pretrain._run_stages(recipe, [stage], {stage.name}, NoTracker(), Display(console))["shard-replay"]
+
+    monkeypatch.setitem(stages.RUN, kind, work)
+    first, second = io.StringIO(), io.StringIO()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run, first)
+        assert began.wait(10)
+        if kind == "shard":
+            assert run(second) == running.result()
+            assert "waiting for" in second.getvalue()
+        else:
+            with pytest.raises(LockedError, match=r"stage shard-replay .* is being run by"):
+                run(second)
+    assert made == ["shard-replay"]
 
 
 def test_mlflow_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
