@@ -230,6 +230,9 @@ class RegistryConfig(Settings):
 
     name: str = Field(description="registered model name; the scale is appended: NAME-x2")
     gate: GateConfig
+    anchor: str | None = Field(
+        None, description="models:/NAME/VERSION that gate.not_worse is asked about as well as the champion; null: none"
+    )
 
 
 class Places(Settings):

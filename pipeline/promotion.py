@@ -136,7 +136,8 @@ def _keep(client: MlflowClient, name: str, candidate: ModelVersion, verdict: Ver
     tags = {DECISION_TAG: verdict.reason, "hatchery.promoted": str(verdict.promoted).lower()}
     for condition in verdict.conditions:
         if (found := condition.figures) is not None:
-            tags[f"hatchery.gain.{found.metric}.{found.set}"] = (
+            kind = "gain" if condition.against == "rival" else "since_start"
+            tags[f"hatchery.{kind}.{found.metric}.{found.set}"] = (
                 f"{found.difference:+.6f} ({found.low:+.6f} .. {found.high:+.6f})"
             )
     for key, value in tags.items():

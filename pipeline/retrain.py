@@ -196,7 +196,9 @@ def round_recipe(
             phases={PHASE: domain.training.model_copy(update={"degradation": domain.degradation})},
             trainings={_data_name(domain, rounds[-1]): training},
             evaluate=domain.evaluate.model_copy(update={"sets": sets}),
-            registry=RegistryConfig(name=_registry_name(domain, start, scale), gate=domain.gate),
+            registry=RegistryConfig(
+                name=_registry_name(domain, start, scale), gate=domain.gate, anchor=rounds[0].start
+            ),
         )
     except ValidationError as error:
         faults = explain(Recipe, f"domain {domain.name}", error)

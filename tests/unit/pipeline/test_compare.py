@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model.metrics import RESOLVED_DB
 from pipeline.compare import against_bicubic, bootstrap_interval, compare
-from pipeline.gate import Costs, decide
+from pipeline.gate import Anchor, Costs, decide
 from pipeline.rule import GateConfig
 from tests.unit.pipeline.figures import judged
 
@@ -120,6 +120,20 @@ def test_costs_count_where_the_rule_limits_them() -> None:
         decide(good, RIVAL, "champion", rule, Costs(slowdown=1.3, growth=1.0)).reason
     )
     assert "parameters 2.000" in decide(good, RIVAL, "champion", rule, Costs(slowdown=1.0, growth=2.0)).reason
+
+
+def test_losses_within_the_tolerance_do_not_add_up() -> None:
+    """Two rounds that each lose 0.04 dB of the 0.05 allowed: the second loses too much since the anchor."""
+    anchor = Anchor("m-x2 version 1, where the domain started", [judged([33.0, 34, 35], "Set5", "anchor")])
+    by_mean = RULE.model_copy(update={"decide_by": "mean"})
+    first, second = ([judged([33 - loss, 34 - loss, 35 - loss], "Set5")] for loss in (0.04, 0.08))
+    new, newer = ([judged([30 + gain, 31, 32 + gain], "new")] for gain in (1, 2))
+    assert decide(new + first, RIVAL, "version 1", by_mean, anchor=anchor).promoted
+    assert decide(newer + second, new + first, "version 2", by_mean).promoted
+    refused = decide(newer + second, new + first, "version 2", by_mean, anchor=anchor)
+    assert not refused.promoted
+    assert "since m-x2 version 1, where the domain started, psnr_y on Set5 33.9200 against 34.0000" in refused.reason
+    assert [condition.against for condition in refused.conditions] == ["rival", "rival", "anchor"]
 
 
 def test_a_set_that_was_not_judged_is_named() -> None:

@@ -230,6 +230,13 @@ def test_what_another_domain_holds_out_never_trains(tmp_path: Path, recipe_of: C
         recipe_of([round_], *places)
 
 
+def test_every_round_is_held_against_where_the_domain_started(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    later = ROUND.model_copy(update={"number": 2, "start": "models:/tiny-x2/5"})
+    recipe = recipe_of([ROUND, later])
+    assert recipe.trainings["text-0002"].init_weights == "models:/tiny-x2/5"
+    assert recipe.registry.anchor == "models:/tiny-x2/1"
+
+
 def test_an_open_rounds_own_hold_out_is_not_replayed(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
     """The recipe is made before the round's copies are."""
     let_arrive("text", tmp_path / "incoming", range(6))
