@@ -186,13 +186,13 @@ def ray_cluster(folder: Path, cpus: tuple[int, ...] = (1, 1)) -> Iterator[RayClu
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def submit(cluster: RayCluster, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` of pipeline/pretrain.py from the project's folder; waits and gives the job's output."""
+def submit(cluster: RayCluster, script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of a script from the project's folder; waits and gives the job's output."""
     import json
 
     runtime = json.dumps({"env_vars": env})
     command = [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT)]
-    command += ["--runtime-env-json", runtime, "--", "python", "pipeline/pretrain.py", *arguments]
+    command += ["--runtime-env-json", runtime, "--", "python", script, *arguments]
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=900)
