@@ -42,6 +42,26 @@ def same_bytes(candidates: Iterable[Item]) -> dict[str, str]:
     return {key: min(keys) for keys in groups.values() for key in keys if key != min(keys)}
 
 
+def same_content(items: Iterable[Item], others: Sequence[Item]) -> list[Item]:
+    """Those of `items` that have the same bytes as one of `others`; what differs in size or in a probe is not read."""
+    sizes = {item.size for item in others}
+    alike = [item for item in items if item.size in sizes]
+    sizes = {item.size for item in alike}
+    others = [item for item in others if item.size in sizes]
+    for read in (_probes, _digests):
+        known = set(read(others))
+        alike = [item for item, value in zip(alike, read(alike), strict=True) if value in known]
+    return alike
+
+
+def _probes(items: Sequence[Item]) -> list[int]:
+    return list(map(int, probe(items)))
+
+
+def _digests(items: Sequence[Item]) -> list[bytes]:
+    return [digest for _, digest in hash_all(items)]
+
+
 def probe(items: Sequence[Item]) -> np.ndarray:
     """A uint64 for each item: a hash of its size and of some bytes in its middle."""
 

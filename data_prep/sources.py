@@ -71,7 +71,8 @@ def iter_items(source: str, include: Sequence[str] = (), exclude: Sequence[str] 
 
     `source` is a folder, an `s3://` prefix, a `.tar` (of images, or of class tars), a `.txt` with a source or an
     image in each line, or "photographs:". `include` and `exclude` are globs on the path below the source or on the
-    bare file name; without `include` every image is taken. Raises ValueError where no image is left.
+    bare file name, on the path alone where they begin with "/"; without `include` every image is taken. Raises
+    ValueError where no image is left.
     """
     seen = taken = 0
     for path, item in _named(source):
@@ -184,7 +185,12 @@ def _package_folder(package: str, module: str) -> Path:
 
 def _wanted(path: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     def matches(patterns: Sequence[str]) -> bool:
-        name = posixpath.basename(path)
-        return any(fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob) for glob in patterns)
+        name, rooted = posixpath.basename(path), f"/{path}"
+        return any(
+            fnmatch.fnmatchcase(rooted, glob)
+            if glob.startswith("/")
+            else fnmatch.fnmatchcase(path, glob) or fnmatch.fnmatchcase(name, glob)
+            for glob in patterns
+        )
 
     return (not include or matches(include)) and not matches(exclude)

@@ -15,6 +15,12 @@ Image = NDArray[np.uint8]
 PEAK = 255.0
 WINDOW_PX = 11
 SIGMA_PX = 1.5
+LUMA = (65.481, 128.553, 24.966)  # of RGB in 0..1
+
+# A truth in uint8 is itself rounded: by a mean square of 1/12 in each channel, which as luma is 63.74 dB. An output
+# nearer than that cannot be told from an exact one, and an exact one's PSNR is no number. In means and comparisons both
+# count as this much, over RGB too (whose own rounding is 58.92 dB), so that no blank page outweighs all other images.
+RESOLVED_DB = 10 * math.log10(12 * PEAK**4 / sum(weight**2 for weight in LUMA))
 
 
 def psnr_y(a: Image, b: Image, crop: int) -> float:
@@ -51,7 +57,7 @@ def _cropped(a: Image, b: Image, crop: int) -> tuple[Image, Image]:
 
 
 def _luma(image: Image) -> Float64:
-    return image.astype(np.float64) @ np.array([65.481, 128.553, 24.966]) / PEAK + 16.0
+    return image.astype(np.float64) @ np.array(LUMA) / PEAK + 16.0
 
 
 def _psnr(a: Float64, b: Float64) -> float:

@@ -1,24 +1,28 @@
 """Benchmark sets: which images they hold, and each as a pair of low and high resolution, by the published protocol.
 
 Ground truth is cut to a multiple of the scale. Low-resolution images are the set's published ones where it has
-them (LR_bicubic/X2 ...), else MATLAB-exact bicubic on uint8.
+them (LR_bicubic/X2 ..., LRbicx2 ...), else MATLAB-exact bicubic on uint8.
 """
 
 import hashlib
-import io
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
-from data_prep import sources, storage
+from data_prep import sources
 from data_prep.bicubic import imresize
+from data_prep.image import decode
 from data_prep.sources import Item
 from pipeline.settings import Settings
 
 METRICS = ("psnr_y", "ssim_y")
+_CUT = re.compile(r"GTmod(\d+)/")  # BasicSR's: ground truth cut to a multiple
+_TRUTH = re.compile(r"HR|GTmod\d+")
+_LOW_RES = re.compile(r"(?i)(.*_)?lr([_-].*|bic.*|x?\d.*)?")
 
 
 class LpipsConfig(Settings):
@@ -63,37 +67,62 @@ class Pair:
 def set_name(uri: str) -> str:
     """What a set is called when only its folder is given: the folder's name, of .../Set5/HR that of its parent."""
     parts = [part for part in uri.rstrip("/").split("/") if part]
-    return parts[-2] if len(parts) > 1 and parts[-1] == "HR" else parts[-1].rstrip(":")
+    return parts[-2] if len(parts) > 1 and _TRUTH.fullmatch(parts[-1]) else parts[-1].rstrip(":")
 
 
 def read_set(uri: str, scale: int, include: tuple[str, ...] = ()) -> list[BenchmarkImage]:
-    """A benchmark's images. `uri`: a folder or prefix with HR/ and perhaps LR_bicubic/X{scale}/, or just images.
+    """A benchmark's images. `uri`: a folder or prefix in one of the layouts that sets are published in.
 
-    Published low-resolution names carry the scale (`babyx2.png` for `baby.png`) or equal the high-resolution ones.
-    ValueError where there is no image, or some low-resolution image is missing.
+    Truth is in HR/, or in GTmod2/, GTmod12/ ... (the one that the scale divides), else every image outside of folders
+    of low-resolution images. Low resolution is in LR_bicubic/X{scale}/ or LRbicx{scale}/, if there is any; its names
+    carry the scale (`babyx2.png` for `baby.png`) or equal the high-resolution ones.
+    ValueError where there is no image, two have one name, or some low-resolution image is missing.
     """
-    items = [(_relative(uri, item), item) for item in sources.list_items(uri)]
-    folder = f"LR_bicubic/X{scale}/"
-    low_res = {PurePosixPath(path).stem: item for path, item in items if path.startswith(folder)}
-    wanted = {(item.uri, item.offset) for item in sources.list_items(uri, include)}
-    nested = any(path.startswith("HR/") for path, _ in items)
-    chosen = []
-    for path, item in items:
-        if (item.uri, item.offset) in wanted and (path.startswith("HR/") or not nested):
-            stem = PurePosixPath(path).stem
-            chosen.append(BenchmarkImage(stem, item, low_res.get(f"{stem}x{scale}", low_res.get(stem))))
-    if low_res and any(image.low_res is None for image in chosen):
-        missing = [image.name for image in chosen if image.low_res is None]
+    items = {unquote(item.key): item for item in sources.list_items(uri)}
+    wanted = {item.key for item in sources.list_items(uri, include)}
+    truth = _truth(uri, list(items), scale)
+    low_res = {PurePosixPath(path).stem: item for path, item in items.items() if _is_low_res_of(path, scale)}
+    chosen: dict[str, BenchmarkImage] = {}
+    for path in truth:
+        stem, item = PurePosixPath(path).stem, items[path]
+        if item.key not in wanted:
+            continue
+        if stem in chosen:
+            raise ValueError(
+                f"{uri}: {path} and {unquote(chosen[stem].high_res.key)} are both called {stem}: rename one, or make "
+                f"their folders sets of their own"
+            )
+        chosen[stem] = BenchmarkImage(stem, item, low_res.get(f"{stem}x{scale}", low_res.get(stem)))
+    if not chosen:
+        raise ValueError(f"{uri}: include {list(include)} takes none of its high-resolution images: correct it")
+    missing = [image.name for image in chosen.values() if image.low_res is None]
+    if low_res and missing:
+        folder = "/".join(next(path for path in items if _is_low_res_of(path, scale)).split("/")[:-1])
         raise ValueError(
             f"{uri}/{folder} lacks the low-resolution images of {', '.join(missing[:5])}: add them or remove it"
         )
-    return chosen
+    return list(chosen.values())
 
 
-def _relative(uri: str, item: Item) -> str:
-    """An item's path below the set's folder (a packaged photograph's own path where there is no folder)."""
-    base = uri if uri == sources.PHOTOGRAPHS else storage.normalise(uri)
-    return item.uri.removeprefix(f"{base}/")
+def _truth(uri: str, paths: list[str], scale: int) -> list[str]:
+    """The paths of the high-resolution images. ValueError where there are only others."""
+    if _LOW_RES.fullmatch(re.sub(r"/X\d+$", "", uri.rstrip("/")).rpartition("/")[2]):
+        raise ValueError(f"{uri} holds low-resolution images: name the folder of the whole set")
+    cut = {path.split("/")[0]: int(match[1]) for path in paths if (match := _CUT.match(path))}
+    fitting = sorted((multiple != scale, multiple, name) for name, multiple in cut.items() if multiple % scale == 0)
+    for folder in ("HR", *(name for _, _, name in fitting)):
+        if found := [path for path in paths if path.startswith(f"{folder}/")]:
+            return found
+    if cut:
+        raise ValueError(f"{uri} has {', '.join(sorted(cut))}, none of them cut for x{scale}: add GTmod{scale}/ or HR/")
+    found = [path for path in paths if not any(_LOW_RES.fullmatch(part) for part in path.split("/")[:-1])]
+    if not found:
+        raise ValueError(f"{uri} holds only low-resolution images: add HR/ with the high-resolution ones")
+    return found
+
+
+def _is_low_res_of(path: str, scale: int) -> bool:
+    return path.startswith((f"LR_bicubic/X{scale}/", f"LRbicx{scale}/"))
 
 
 def read_pair(image: BenchmarkImage, scale: int) -> Pair:
@@ -116,12 +145,11 @@ def read_pair(image: BenchmarkImage, scale: int) -> Pair:
 
 
 def _decode(data: bytes, item: Item) -> np.ndarray:
-    """uint8 RGB, shape (height, width, 3)."""
+    """uint8 RGB, shape (height, width, 3), read as training reads it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{item.uri} cannot be read as an image ({error}): replace it or leave it out") from error
+        return decode(data)
+    except ValueError as error:
+        raise ValueError(f"{item.uri} {error}: replace it or leave it out") from error
 
 
 def _digest(*contents: bytes) -> str:

@@ -42,7 +42,7 @@ def retrain(
 
     loaded = load_domain(domain, override or [])
     if dry_run:
-        job.dry_run(loaded, console())
+        job.dry_run(loaded, console(), now)
     else:
         job.run(loaded, console(), address, debug, now)
 

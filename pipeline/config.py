@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from data_prep import storage
+from data_prep.degrade import Kind
 from model import build
 from pipeline.benchmark import Protocol
 from pipeline.rule import GateConfig
@@ -123,7 +124,7 @@ class DataConfig(Settings):
 
     source: str = Field(description="folder, s3://bucket/prefix, or photographs: (those that scikit-image ships)")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
-    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     samples_per_shard: int = Field(512, ge=1, description="images per WebDataset tar")
     min_side_px: int = Field(64, ge=1, description="images with a shorter side are rejected, with the reason listed")
     max_reject_share: float = Field(0.01, ge=0, le=1, description="share of rejected images that fails the stage")
@@ -158,6 +159,7 @@ class PhaseConfig(Settings):
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
+    degradation: Kind = Field("bicubic", description="how low-resolution crops are made of high-resolution ones")
     cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
     checkpoint_every: int = Field(
         5000, ge=1, description="steps between checkpoints; compute.checkpoint_every_s makes more where steps are slow"
@@ -166,7 +168,10 @@ class PhaseConfig(Settings):
 
     def what(self) -> dict[str, Any]:
         """What decides the result: all but intervals and caches."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "cache_decoded_bytes"})
+        left_out = {"checkpoint_every", "log_every", "cache_decoded_bytes"}
+        if self.degradation == "bicubic":
+            left_out.add("degradation")  # the only one there was: trainings from before the key still count
+        return self.model_dump(mode="json", exclude=left_out)
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> "PhaseConfig":
@@ -228,7 +233,7 @@ class EvaluateConfig(Settings):
 
     sets: dict[str, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ..., or just images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     models: tuple[str, ...] = Field((), description="trainings to evaluate; empty: those that nothing starts from")
@@ -241,6 +246,9 @@ class RegistryConfig(Settings):
 
     name: str = Field(description="registered model name; the scale is appended: NAME-x2")
     gate: GateConfig
+    anchor: str | None = Field(
+        None, description="models:/NAME/VERSION that gate.not_worse is asked about as well as the champion; null: none"
+    )
 
 
 class Places(Settings):
@@ -271,7 +279,8 @@ class Recipe(Places):
     @model_validator(mode="after")
     def _cross_checks(self) -> "Recipe":
         _check_references(self)
-        _check_batches(self)
+        for name, phase in self.phases.items():
+            check_batch(f"phases.{name}", phase, self.compute)
         _check_evaluation(self)
         _check_networks(self)
         return self
@@ -326,19 +335,18 @@ def _check_references(recipe: Recipe) -> None:
             raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {known}")
 
 
-def _check_batches(recipe: Recipe) -> None:
-    workers, micro_batch = recipe.compute.max_workers, recipe.compute.micro_batch
-    for name, phase in recipe.phases.items():
-        if phase.global_batch < workers:
-            raise ValueError(
-                f"phases.{name}.global_batch {phase.global_batch} is less than compute.num_workers {workers}: "
-                f"use fewer workers, the global batch is the recipe"
-            )
-        if micro_batch != "auto" and phase.global_batch < micro_batch:
-            raise ValueError(
-                f"phases.{name}.global_batch {phase.global_batch} is less than compute.micro_batch {micro_batch}: "
-                f"lower compute.micro_batch"
-            )
+def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
+    """ValueError where the phase at a key has a global batch that cannot be spread as `compute` says."""
+    if phase.global_batch < compute.max_workers:
+        raise ValueError(
+            f"{key}.global_batch {phase.global_batch} is less than compute.num_workers {compute.max_workers}: "
+            f"use fewer workers, the global batch is the recipe"
+        )
+    if compute.micro_batch != "auto" and phase.global_batch < compute.micro_batch:
+        raise ValueError(
+            f"{key}.global_batch {phase.global_batch} is less than compute.micro_batch {compute.micro_batch}: "
+            f"lower compute.micro_batch"
+        )
 
 
 def _check_evaluation(recipe: Recipe) -> None:

@@ -1,12 +1,14 @@
 """A domain: images of one kind that keep arriving, and how a champion is fine-tuned on them."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data_prep.degrade import Kind
-from pipeline.config import EvaluateConfig, PhaseConfig, Places
+from pipeline.config import EvaluateConfig, PhaseConfig, Places, check_batch
+from pipeline.cron import check_cron
 from pipeline.rule import GateConfig
 from pipeline.settings import Settings, load_settings
 
@@ -18,15 +20,15 @@ class ReplayConfig(Settings):
 
     source: str = Field(description="folder, s3://bucket/prefix, or photographs:")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
-    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     share: float = Field(0.3, gt=0, lt=1, description="share of the training samples that comes from here")
 
 
 class ScheduleConfig(Settings):
     """When and where a cluster retrains; `hatchery schedule render` makes manifests of it."""
 
-    cron: str = Field(
-        "0 3 * * *", pattern=r"^\S+ \S+ \S+ \S+ \S+$", description="five fields: minute hour day month weekday"
+    cron: Annotated[str, AfterValidator(check_cron)] = Field(
+        "0 3 * * *", description="five fields: minute hour day month weekday"
     )
     namespace: str = "default"
     image: str | None = Field(
@@ -59,9 +61,9 @@ class DomainConfig(Places):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$")]
     source: str = Field(description="folder, s3://bucket/prefix or tar where images of the domain arrive")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
-    exclude: tuple[str, ...] = Field((), description="glob patterns left out")
-    degradation: Kind = Field("bicubic", description="how low-resolution sides are made, in training and judgement")
-    base: str = Field(pattern=r"^models:/", description="models:/NAME@champion: what is fine-tuned")
+    exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
+    degradation: Kind = Field("bicubic", description="how low-resolution crops are made; judgement is bicubic")
+    base: str = Field(description="models:/NAME@champion or models:/NAME/VERSION: what is fine-tuned")
     registered_as: str | None = Field(
         None, description="registered model of the results, NAME-x2; null: the base's own, whose champion they become"
     )
@@ -91,6 +93,19 @@ class DomainConfig(Places):
                 raise ValueError("training.data is always new images mixed with replay: remove it")
             return values | {"training": training | {"data": MIX}}
         return values
+
+    @model_validator(mode="after")
+    def _models_are_named(self) -> "DomainConfig":
+        if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/\d+)", self.base):
+            raise ValueError(f"base {self.base!r} names no version: write models:/NAME@champion or models:/NAME/N")
+        if self.registered_as and not re.search(r".-x\d$", self.registered_as):
+            raise ValueError(f"registered_as {self.registered_as!r} does not tell its scale: end it in -x2, -x3 or -x4")
+        return self
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> "DomainConfig":
+        check_batch("training", self.training, self.compute)
+        return self
 
     @model_validator(mode="after")
     def _sets_are_known(self) -> "DomainConfig":

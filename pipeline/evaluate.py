@@ -7,7 +7,6 @@ upscaled image as a PNG in Ray's object store, so that pictures are made of the 
 import functools
 import hashlib
 import io
-import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from data_prep import storage
 from model import load
 from model.blocks import UpscalingNetwork
 from model.inference import upscale
-from model.metrics import psnr_rgb, psnr_y, ssim_y
+from model.metrics import RESOLVED_DB, psnr_rgb, psnr_y, ssim_y
 from model.perceptual import Lpips
 from pipeline.benchmark import BenchmarkImage, LpipsConfig, Protocol, read_pair, upscale_bicubic
 from pipeline.settings import Settings
 
 
 class ImageResult(Settings):
-    """Figures of one image: PSNR in dB (infinite for equal images), SSIM in 0..1, LPIPS from 0 for equal images on.
+    """Figures of one image: PSNR in dB (at most RESOLVED_DB), SSIM in 0..1, LPIPS from 0 for equal images on.
 
     `digest` names the image's content.
     """
@@ -75,11 +74,12 @@ class Judged:
 
 
 def figures(output: np.ndarray, high_res: np.ndarray, scale: int, protocol: Protocol) -> dict[str, float]:
-    """The protocol's metrics of one image against the truth. uint8 HxWx3."""
+    """The protocol's metrics of one image against the truth, PSNR up to what uint8 resolves. uint8 HxWx3."""
     known: dict[str, Callable[..., float]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
     if protocol.lpips is not None:
         known["lpips"] = load_lpips(protocol.lpips)
-    return {metric: known[metric](output, high_res, scale) for metric in protocol.metrics}
+    found = {metric: known[metric](output, high_res, scale) for metric in protocol.metrics}
+    return {metric: min(value, RESOLVED_DB) if metric.startswith("psnr") else value for metric, value in found.items()}
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,15 +167,11 @@ def evaluate(
     answers = [with_gpus.remote(image, scale, weights, protocol) for image in images]
     results = tuple(ray.get([result for result, _ in answers]))
     keys = [*protocol.metrics, *(f"bicubic_{metric}" for metric in protocol.metrics)]
-    means: dict[str, Any] = {key: _mean([getattr(result, key) for result in results]) for key in keys}
+    means: dict[str, Any] = {key: statistics.fmean(getattr(result, key) for result in results) for key in keys}
     pictures: dict[str, Callable[[], np.ndarray]] = {}
     for result, (_, png) in zip(results, answers, strict=True):
         pictures[result.image] = functools.partial(_fetch, png)
     return Judged(SetResult(model=model, scale=scale, set=name, protocol=protocol, images=results, **means), pictures)
-
-
-def _mean(values: list[float]) -> float:
-    return math.inf if math.inf in values else statistics.fmean(values)
 
 
 def to_png(image: np.ndarray) -> bytes:

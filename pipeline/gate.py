@@ -1,5 +1,8 @@
 """The gate: a promotion rule applied to figures. Pure; who is promoted where is `promotion`'s business."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from pipeline.compare import Comparison, against_bicubic, compare
 from pipeline.evaluate import SetResult
 from pipeline.rule import GateConfig
@@ -19,6 +22,7 @@ class Condition(Settings):
     text: str
     holds: bool
     figures: Comparison | None = None
+    against: Literal["rival", "anchor"] = "rival"
 
 
 class Verdict(Settings):
@@ -31,8 +35,24 @@ class Verdict(Settings):
     costs: Costs | None = None
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A version that does not move with the champion, and its results on the sets that must not become worse.
+
+    Each champion may lose the tolerance against the last; against the anchor all of them together may.
+    """
+
+    title: str
+    results: list[SetResult]
+
+
 def decide(
-    mine: list[SetResult], theirs: list[SetResult] | None, rival: str, rule: GateConfig, costs: Costs | None = None
+    mine: list[SetResult],
+    theirs: list[SetResult] | None,
+    rival: str,
+    rule: GateConfig,
+    costs: Costs | None = None,
+    anchor: Anchor | None = None,
 ) -> Verdict:
     """Whether a candidate is to be champion. theirs: the rival's results on the rule's sets; None: bicubic is it.
 
@@ -45,6 +65,11 @@ def decide(
         conditions.append(
             _condition(_compared(mine, theirs, name, rule), -tolerance, rule, f"at least {-tolerance:+g}")
         )
+        if anchor is not None:
+            compared = _compared(mine, anchor.results, name, rule)
+            found = _condition(compared, -tolerance, rule, f"at least {-tolerance:+g}")
+            text = f"since {anchor.title}, {found.text}"
+            conditions.append(found.model_copy(update={"text": text, "against": "anchor"}))
     if costs is not None:
         conditions += _cost_conditions(costs, rule)
     failed = [condition.text for condition in conditions if not condition.holds]

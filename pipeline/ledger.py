@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from data_prep.image import check
 from data_prep.sources import Item, read_item
 from pipeline.settings import Settings
 
+HOLD_OUT = "hold-out"
 _AT_ONCE = 8
 Role = Literal["train", "hold-out"]
 
@@ -37,6 +38,11 @@ class NewImage(Settings):
     size: int
     ext: str
     role: Role = "train"
+
+    @property
+    def item(self) -> Item:
+        """Where it arrived."""
+        return Item(self.item_key, self.uri, self.size, "", self.offset)
 
 
 class Round(Settings):
@@ -53,7 +59,7 @@ class Ledger:
 
     def __init__(self, storage_uri: str, domain: str) -> None:
         self.uri = storage.join(storage_uri, "domains", domain)
-        self.hold_out_uri = storage.join(self.uri, "hold-out")
+        self.hold_out_uri = storage.join(self.uri, HOLD_OUT)
 
     def rounds(self) -> list[Round]:
         """Every round that was opened, in order."""
@@ -84,7 +90,7 @@ class Ledger:
             target = storage.join(folder, f"{image.sha256}.{image.ext}")
             if storage.exists(target):
                 return
-            data = read_item(Item(image.item_key, image.uri, image.size, "", image.offset))
+            data = read_item(image.item)
             if hashlib.sha256(data).hexdigest() != image.sha256:
                 raise ValueError(f"{image.uri} changed while it was being read: call again when it is complete")
             storage.write_bytes(target, data)
@@ -139,10 +145,14 @@ class Ledger:
         return storage.join(self.uri, "rounds", f"{number:04}", name)
 
 
-def with_roles(images: Sequence[NewImage], share: float, missing: int) -> list[NewImage]:
-    """Images with their roles: held out by their content's hash, and at least `missing` of them."""
+def with_roles(images: Sequence[NewImage], share: float, missing: int, judging: Container[str] = ()) -> list[NewImage]:
+    """Images with their roles: held out by their content's hash, and at least `missing` of them.
+
+    judging: sha256 of images that other domains or benchmarks judge by: they are held out here as well.
+    """
     ordered = sorted(images, key=lambda image: image.sha256)
-    held = {image.sha256 for image in ordered if int(image.sha256[:13], 16) / 16**13 < share}
+    held = {image.sha256 for image in ordered if image.sha256 in judging}
+    held |= {image.sha256 for image in ordered if int(image.sha256[:13], 16) / 16**13 < share}
     held |= {image.sha256 for image in ordered[: max(0, missing)]}
     return [image.model_copy(update={"role": "hold-out" if image.sha256 in held else "train"}) for image in ordered]
 

@@ -1,4 +1,4 @@
-"""A lock in the storage: two runs that would write the same place refuse each other, whatever machines they run on.
+"""A lock in the storage: two runs that would write the same place refuse or await each other, on whatever machines.
 
 The lock is a small file that its owner rewrites every few seconds. Whether an owner is alive is judged by watching
 that file change, never by comparing clocks of two machines; one that died on this machine is known at once.
@@ -30,8 +30,9 @@ class LockedError(ValueError):
 class StorageLock:
     """`with StorageLock(uri, purpose):` holds the lock file at `uri`; LockedError where a living run holds it.
 
-    say: told, in words, of waiting for a silent owner and of taking over its lock.
+    say: told, in words, of waiting for an owner and of taking over the lock of a dead one.
     heartbeat_s: time between two signs of life; stale_after_s: silence after which an owner counts as dead.
+    patience_s: how long a living owner is waited for before it is LockedError; 0: not at all.
     If the lock is lost all the same (this process slept longer than stale_after_s and another run took it over), the
     main thread is interrupted and the block ends with LockedError.
     """
@@ -44,11 +45,13 @@ class StorageLock:
         *,
         heartbeat_s: float = HEARTBEAT_S,
         stale_after_s: float = STALE_AFTER_S,
+        patience_s: float = 0,
     ) -> None:
         self.uri = uri
         self.say = say
         self.heartbeat_s = heartbeat_s
         self.stale_after_s = stale_after_s
+        self.patience_s = patience_s
         self.record: dict[str, Any] = {
             "token": uuid.uuid4().hex,
             "purpose": purpose,
@@ -61,8 +64,9 @@ class StorageLock:
         self.thread = threading.Thread(target=self._beat, name="hatchery-lock", daemon=True)
 
     def __enter__(self) -> "StorageLock":
+        until = time.monotonic() + self.patience_s
         while not storage.put_if_absent(self.uri, self._content()):
-            self._take_over_or_refuse()
+            self._take_over_or_refuse(until)
         self.thread.start()
         return self
 
@@ -95,34 +99,43 @@ class StorageLock:
         except ValueError as error:
             raise LockedError(f"{self.uri} is not a lock file: delete it if no run uses this storage") from error
 
-    def _take_over_or_refuse(self) -> None:
-        """Return where the lock is free to be tried again; LockedError where its owner gives a sign of life."""
+    def _take_over_or_refuse(self, until: float) -> None:
+        """Return where the lock is free to be tried again; LockedError where its owner lives beyond `until`."""
         seen = self._read()
         if seen is None:
             return
-        if not died_here(seen):
-            self._watch(seen)
+        if self.patience_s and not died_here(seen):
+            hours = f"{self.patience_s / 3600:.2g} h"
+            self.say(f"waiting for {seen['owner']} to end {seen['purpose']}, for {hours} at most")
+        while seen is not None and not died_here(seen):
+            heard = self._watch(seen)
+            if heard == seen:
+                break
+            if heard is not None and time.monotonic() >= until:
+                raise LockedError(
+                    f"{heard['purpose']} is being run by {heard['owner']} since {heard['since']} ({self.uri}): "
+                    f"wait until it ends, or give this run another storage.uri"
+                )
+            seen = heard
         found = self._read()
-        if found is not None and (found["token"], found["beat"]) == (seen["token"], seen["beat"]):
+        if seen is not None and found is not None and _life(found) == _life(seen):
             self.say(f"taking over the lock of {seen['owner']} ({seen['purpose']}, since {seen['since']}): it is dead")
             storage.delete(self.uri)
 
-    def _watch(self, seen: dict[str, Any]) -> None:
-        """Wait until the owner counts as dead; LockedError as soon as it gives a sign of life."""
+    def _watch(self, seen: dict[str, Any]) -> dict[str, Any] | None:
+        """The lock's record as soon as it changes, None where it is gone; the same one where its owner is dead."""
         begin, told = time.monotonic(), False
         while time.monotonic() - begin < self.stale_after_s:
             time.sleep(min(self.heartbeat_s, 1.0) / 4)
             now = self._read()
-            if now is None:
-                return
-            if (now["token"], now["beat"]) != (seen["token"], seen["beat"]):
-                raise LockedError(
-                    f"{now['purpose']} is being run by {now['owner']} since {now['since']} ({self.uri}): "
-                    f"wait until it ends, or give this run another storage.uri"
-                )
+            if now is None or _life(now) != _life(seen):
+                return now
+            if died_here(now):
+                break
             if not told and time.monotonic() - begin > 2 * self.heartbeat_s:
                 told = True
                 self.say(f"{seen['owner']} holds {self.uri} but is silent: waiting {self.stale_after_s:.0f} s")
+        return seen
 
     def _beat(self) -> None:
         while not self.done.wait(self.heartbeat_s):
@@ -136,6 +149,11 @@ class StorageLock:
                 storage.write_bytes(self.uri, self._content())
             except storage.StorageError:
                 continue  # the storage is away for now; what writes results says so if it stays away
+
+
+def _life(record: dict[str, Any]) -> tuple[str, int]:
+    """What changes with every sign of life and every owner."""
+    return record["token"], record["beat"]
 
 
 def this_process() -> dict[str, Any]:

@@ -12,6 +12,7 @@ if __name__ == "__main__" and sys.path[0] != str(ROOT):
     # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
     sys.path[0] = str(ROOT)
 
+import functools  # noqa: E402
 import tempfile  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
@@ -25,6 +26,8 @@ from pipeline.lock import StorageLock  # noqa: E402
 from pipeline.plan import Outside, Planned, Stage  # noqa: E402
 from pipeline.progress import Display  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
+
+SHARD_PATIENCE_S = 12 * 3600.0  # how long another run that makes the same shards is waited for
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,10 @@ def _run_stages(
     recipe: Recipe, found: list[Stage], chosen: set[str], tracker: Tracker, display: Display
 ) -> dict[str, Artifact]:
     finished: dict[str, Artifact] = {}
+
+    def is_current(stage: Stage, artifact: Artifact) -> bool:
+        return stages.is_current(stage, artifact, tracker)
+
     for number, stage in enumerate(found, 1):
         missing = [name for name in stage.inputs if name not in finished]
         if missing:
@@ -126,15 +133,19 @@ def _run_stages(
                 )
             continue
         digests = {name: finished[name].digest for name in stage.inputs}
-        artifact = plan.look_up(recipe.storage.uri, stage, digests, lambda s, a: stages.is_current(s, a, tracker))
+        look_up = functools.partial(plan.look_up, recipe.storage.uri, stage, digests, is_current)
+        artifact = look_up()
         if artifact is not None:
             display.say(f"[{number}/{len(found)}] {stage.name}: done before")
         elif stage.name in chosen:
             what = f"{stage.steps} steps" if stage.steps else stage.kind
             display.begin_stage(number, len(found), stage.name, what)
             lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
-            with StorageLock(lock, f"stage {stage.name} of recipe {recipe.name}", display.say):
-                artifact = _run_stage(recipe, stage, finished, digests, tracker, display)
+            # recipes share sets of shards: one makes them, the others wait and take them; of other stages one refuses
+            patience_s = SHARD_PATIENCE_S if stage.kind == "shard" else 0
+            purpose = f"stage {stage.name} of recipe {recipe.name}"
+            with StorageLock(lock, purpose, display.say, patience_s=patience_s):
+                artifact = look_up() or _run_stage(recipe, stage, finished, digests, tracker, display)
             display.end_stage(_summary(artifact))
         if artifact is not None:
             finished[stage.name] = artifact

@@ -147,8 +147,9 @@ def _keep(client: MlflowClient, name: str, candidate: ModelVersion, verdict: Ver
     _tell(client, name, candidate.version, verdict.promoted, verdict.reason)
     for condition in verdict.conditions:
         if (found := condition.figures) is not None:
+            kind = "gain" if condition.against == "rival" else "since_start"
             gain = f"{found.difference:+.6f} ({found.low:+.6f} .. {found.high:+.6f})"
-            client.set_model_version_tag(name, candidate.version, f"hatchery.gain.{found.metric}.{found.set}", gain)
+            client.set_model_version_tag(name, candidate.version, f"hatchery.{kind}.{found.metric}.{found.set}", gain)
     if candidate.run_id:
         client.log_dict(
             candidate.run_id, verdict.model_dump(mode="json"), f"decisions/{name}-version-{candidate.version}.json"

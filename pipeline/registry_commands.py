@@ -41,7 +41,8 @@ def promote(
 
     def judge(champion: ModelVersion | None) -> Verdict:
         with cluster.connected(ComputeConfig(), address, debug):
-            return judge_candidate(mine, candidate, champion, rule, asked.sets, asked.include)
+            anchor = recipe.registry.anchor
+            return judge_candidate(mine, candidate, champion, rule, asked.sets, asked.include, anchor)
 
     return promotion.promote(client, name, candidate, judge)
 

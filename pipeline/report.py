@@ -105,7 +105,7 @@ def as_text(*tables: Table | None) -> str:
 
 def as_json(results: list[SetResult]) -> str:
     """Everything, per image too."""
-    return json.dumps([result.model_dump(mode="json") for result in results], indent=1)
+    return json.dumps([result.model_dump(mode="json") for result in results], indent=1, allow_nan=False)
 
 
 def from_json(text: str | bytes) -> list[SetResult]:

@@ -18,17 +18,21 @@ if __name__ == "__main__" and sys.path[0] != str(ROOT):
 
 import datetime  # noqa: E402
 import tempfile  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
 from contextlib import ExitStack  # noqa: E402
 from typing import Any  # noqa: E402
 
 from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities.model_registry import ModelVersion  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
 from pipeline import places, pretrain, registry, tracking  # noqa: E402
+from pipeline.benchmark import read_set  # noqa: E402
 from pipeline.config import (  # noqa: E402
+    ConfigError,
     DataConfig,
     MixPartConfig,
     ModelConfig,
@@ -38,8 +42,10 @@ from pipeline.config import (  # noqa: E402
     tracking_uri,
 )
 from pipeline.domain import MIX, PHASE, DomainConfig  # noqa: E402
-from pipeline.ledger import Ledger, Round, with_roles  # noqa: E402
+from pipeline.held_out import judging_among, judging_images, patterns_of_judging  # noqa: E402
+from pipeline.ledger import Ledger, NewImage, Round, with_roles  # noqa: E402
 from pipeline.lock import LockedError, StorageLock  # noqa: E402
+from pipeline.settings import explain  # noqa: E402
 
 DAY_S = 86_400
 
@@ -51,10 +57,7 @@ def run(
 
     now: retrain on whatever is new, however little.
     """
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, markup=False, highlight=False)
-
+    say = _speaker(console)
     places.check_lasting(domain)
     storage.check_writable(domain.storage.uri)
     ledger = Ledger(domain.storage.uri, domain.name)
@@ -66,21 +69,54 @@ def run(
             say(f"{domain.name}: leaving it to another run: {error}")
             return None
         client = tracking.connect_default(tracking_uri(domain))
-        rounds = ledger.rounds()
-        if rounds and ledger.outcome(rounds[-1].number) is None:
-            say(f"{domain.name}: round {rounds[-1].number} was interrupted, continuing it")
-        else:
-            opened = _open_round(domain, ledger, client, rounds, now, say)
-            if opened is None:
-                return None
-            rounds.append(opened)
-        return _run_round(domain, ledger, client, rounds, console, address, debug)
+        planned = _plan(domain, ledger, client, now, say)
+        if planned is None:
+            return None
+        rounds, opened = planned
+        # before the round is opened: what is wrong with the config must not leave one that cannot be finished
+        recipe = round_recipe(domain, ledger, client, rounds, say)
+        if not opened:
+            ledger.open(rounds[-1])
+        finished = pretrain.run(recipe, pretrain.Choice(), console, address, debug)
+        (decision,) = finished["promote"].info["decisions"].values()
+        outcome = {"round": rounds[-1].number, "start": rounds[-1].start, **decision}
+        ledger.close(rounds[-1].number, outcome)
+        return outcome
 
 
-def _open_round(
-    domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round], now: bool, say: Any
-) -> Round | None:
-    """A new round, if enough is new; None, having said so, if not."""
+def _plan(
+    domain: DomainConfig, ledger: Ledger, client: MlflowClient, now: bool, say: Callable[[str], None]
+) -> tuple[list[Round], bool] | None:
+    """All rounds, of which the last is to be run, and whether that one is open already; None: nothing is to be done.
+
+    What is to be done and why is said.
+    """
+    rounds = ledger.rounds()
+    if rounds and ledger.outcome(rounds[-1].number) is None:
+        say(f"{domain.name}: round {rounds[-1].number} was interrupted, continuing it")
+        return rounds, True
+    images = _choose_images(domain, ledger, rounds, now, say)
+    if images is None:
+        return None
+    start = _start_version(domain, client)
+    planned = Round(
+        number=rounds[-1].number + 1 if rounds else 1,
+        start=f"models:/{start.name}/{start.version}",
+        opened=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        images=tuple(images),
+    )
+    num_held = _num_held(images)
+    say(
+        f"{domain.name}: round {planned.number} with {len(images) - num_held} new images to train on and {num_held} "
+        f"held out, from {planned.start}"
+    )
+    return [*rounds, planned], False
+
+
+def _choose_images(
+    domain: DomainConfig, ledger: Ledger, rounds: list[Round], now: bool, say: Callable[[str], None]
+) -> list[NewImage] | None:
+    """The images of a new round with their roles, if enough is new; None, having said so, if not."""
     new, unusable = ledger.new_images(_arrived(domain), domain.min_side_px)
     if unusable:
         say(f"{domain.name}: {unusable} files cannot be used (damaged, or a side below {domain.min_side_px} px)")
@@ -90,27 +126,21 @@ def _open_round(
         needed = f", {domain.min_new_images} make a retraining worthwhile" if new else ""
         say(f"{domain.name}: {len(new)} new images{needed}: nothing to do")
         return None
-    held_before = sum(image.role == "hold-out" for entry in rounds for image in entry.images)
-    images = with_roles(new, domain.hold_out_share, domain.min_hold_out - held_before)
-    num_held = sum(image.role == "hold-out" for image in images)
-    if num_held == len(images):
+    held_before = sum(_num_held(entry.images) for entry in rounds)
+    judging = judging_among(new, judging_images(domain.storage.uri, domain.evaluate))
+    if judging:
+        say(f"{domain.name}: {len(judging)} new images judge already, in another domain or a benchmark: held out")
+    images = with_roles(new, domain.hold_out_share, domain.min_hold_out - held_before, judging)
+    if _num_held(images) == len(images):
         say(
             f"{domain.name}: all {len(images)} new images are held out for judgement, none is left to train on: waiting"
         )
         return None
-    start = _start_version(domain, client)
-    opened = Round(
-        number=rounds[-1].number + 1 if rounds else 1,
-        start=f"models:/{start.name}/{start.version}",
-        opened=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        images=tuple(images),
-    )
-    say(
-        f"{domain.name}: round {opened.number} with {len(images) - num_held} new images to train on and {num_held} "
-        f"held out, from {opened.start}"
-    )
-    ledger.open(opened)
-    return opened
+    return images
+
+
+def _num_held(images: Sequence[NewImage]) -> int:
+    return sum(image.role == "hold-out" for image in images)
 
 
 def _arrived(domain: DomainConfig) -> list[sources.Item]:
@@ -138,53 +168,83 @@ def _start_version(domain: DomainConfig, client: MlflowClient) -> ModelVersion:
     return base
 
 
-def _run_round(
-    domain: DomainConfig,
-    ledger: Ledger,
-    client: MlflowClient,
-    rounds: list[Round],
-    console: Console,
-    address: str | None,
-    debug: bool,
-) -> dict[str, Any]:
-    recipe = round_recipe(domain, ledger, client, rounds)
-    finished = pretrain.run(recipe, pretrain.Choice(), console, address, debug)
-    (decision,) = finished["promote"].info["decisions"].values()
-    outcome = {"round": rounds[-1].number, "start": rounds[-1].start, **decision}
-    ledger.close(rounds[-1].number, outcome)
-    return outcome
+def round_recipe(
+    domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round], say: Callable[[str], None]
+) -> Recipe:
+    """The recipe of the last round: all rounds' images mixed with replay, from the version the round starts from.
 
-
-def round_recipe(domain: DomainConfig, ledger: Ledger, client: MlflowClient, rounds: list[Round]) -> Recipe:
-    """The recipe of the last round: all rounds' images mixed with replay, from the version the round starts from."""
+    How many images are left out because they judge is said. ConfigError, in the domain's words, where the domain does
+    not fit the network that it starts from.
+    """
     start = registry.resolve(client, rounds[-1].start)
     model, scale = _model_of(start)
-    shared = {"samples_per_shard": domain.samples_per_shard, "min_side_px": domain.min_side_px}
-    names = tuple(f"{domain.name}-{entry.number:04}" for entry in rounds)
-    data = {
-        name: DataConfig(source=ledger.train_uri(entry.number), max_reject_share=0, **shared)
-        for name, entry in zip(names, rounds, strict=True)
-    }
-    old = domain.replay
-    data["replay"] = DataConfig(
-        source=old.source, include=old.include, exclude=old.exclude, max_reject_share=domain.max_reject_share, **shared
-    )
-    mix = (MixPartConfig(data=names, share=1 - old.share), MixPartConfig(data=("replay",), share=old.share))
+    _check(domain, scale)
+    new, replay = _training_data(domain, ledger, rounds, say)
+    share = domain.replay.share
+    mix = (MixPartConfig(data=tuple(new), share=1 - share), MixPartConfig(data=("replay",), share=share))
+    training = TrainingConfig(scale=scale, phase=PHASE, init_weights=rounds[-1].start)
     sets = {domain.name: ledger.hold_out_uri, **domain.evaluate.sets}
-    return Recipe(
-        name=f"retrain-{domain.name}",
-        seed=domain.seed,
-        storage=domain.storage,
-        tracking=domain.tracking,
-        compute=domain.compute,
-        model=model,
-        data=data,
-        mixes={MIX: mix},
-        phases={PHASE: domain.training},
-        trainings={names[-1]: TrainingConfig(scale=scale, phase=PHASE, init_weights=rounds[-1].start)},
-        evaluate=domain.evaluate.model_copy(update={"sets": sets}),
-        registry=RegistryConfig(name=_registry_name(domain, start, scale), gate=domain.gate),
-    )
+    try:
+        return Recipe(
+            name=f"retrain-{domain.name}",
+            seed=domain.seed,
+            storage=domain.storage,
+            tracking=domain.tracking,
+            compute=domain.compute,
+            model=model,
+            data=new | {"replay": replay},
+            mixes={MIX: mix},
+            phases={PHASE: domain.training.model_copy(update={"degradation": domain.degradation})},
+            trainings={_data_name(domain, rounds[-1]): training},
+            evaluate=domain.evaluate.model_copy(update={"sets": sets}),
+            registry=RegistryConfig(
+                name=_registry_name(domain, start, scale), gate=domain.gate, anchor=rounds[0].start
+            ),
+        )
+    except ValidationError as error:
+        faults = explain(Recipe, f"domain {domain.name}", error)
+        raise ConfigError(faults.replace(f"phases.{PHASE}.", "training.").replace("registry.gate", "gate")) from error
+
+
+def _training_data(
+    domain: DomainConfig, ledger: Ledger, rounds: list[Round], say: Callable[[str], None]
+) -> tuple[dict[str, DataConfig], DataConfig]:
+    """Each round's images by name, and the replay, both without what judges now, whoever holds it out since when."""
+    shared: dict[str, Any] = {"samples_per_shard": domain.samples_per_shard, "min_side_px": domain.min_side_px}
+    judging = judging_images(domain.storage.uri, domain.evaluate, rounds[-1])
+    new, left_out = {}, 0
+    for entry in rounds:
+        images = [image for image in entry.images if image.role == "train"]
+        held = judging_among(images, judging)
+        left_out += len(held)
+        if len(held) < len(images):
+            exclude = tuple(f"/{image.sha256}.{image.ext}" for image in images if image.sha256 in held)
+            source = ledger.train_uri(entry.number)
+            new[_data_name(domain, entry)] = DataConfig(source=source, exclude=exclude, max_reject_share=0, **shared)
+    if not new:
+        raise ValueError(f"{domain.name}: all images of its rounds are held out elsewhere: remove them there or here")
+    old = domain.replay
+    replayed = patterns_of_judging(old.source, old.include, old.exclude, judging)
+    if left_out or replayed:
+        say(f"{domain.name}: {left_out} images of its rounds and {len(replayed)} of the replay judge now: left out")
+    shared |= {"max_reject_share": domain.max_reject_share}
+    return new, DataConfig(source=old.source, include=old.include, exclude=(*old.exclude, *replayed), **shared)
+
+
+def _data_name(domain: DomainConfig, entry: Round) -> str:
+    return f"{domain.name}-{entry.number:04}"
+
+
+def _check(domain: DomainConfig, scale: int) -> None:
+    """ValueError for images that may be too small, and for sets that cannot judge this scale."""
+    for name, uri in domain.evaluate.sets.items():
+        read_set(uri, scale, domain.evaluate.include.get(name, ()))
+    needed_px = domain.training.patch_px * scale
+    if domain.min_side_px < needed_px:
+        raise ConfigError(
+            f"domain {domain.name}: min_side_px {domain.min_side_px} lets in images that hold no crop of "
+            f"training.patch_px {domain.training.patch_px} at x{scale}: raise it to {needed_px}, or use smaller crops"
+        )
 
 
 def _model_of(version: ModelVersion) -> tuple[ModelConfig, Any]:
@@ -206,16 +266,20 @@ def _registry_name(domain: DomainConfig, start: ModelVersion, scale: int) -> str
     return name.removesuffix(f"-x{scale}")
 
 
-def dry_run(domain: DomainConfig, console: Console) -> None:
-    """Say what a call would do, without doing it."""
+def dry_run(domain: DomainConfig, console: Console, now: bool = False) -> None:
+    """Say what a call would do, and what is wrong with the config; writes down no more than which files it saw when."""
+    say = _speaker(console)
     ledger = Ledger(domain.storage.uri, domain.name)
-    rounds = ledger.rounds()
-    if rounds and ledger.outcome(rounds[-1].number) is None:
-        text = f"round {rounds[-1].number} is open and would be continued"
-    else:
-        new, unusable = ledger.new_images(_arrived(domain), domain.min_side_px)
-        text = f"{len(new)} new images ({unusable} files cannot be used), {domain.min_new_images} make a retraining"
-    console.print(f"{domain.name}: {text}; {len(rounds)} rounds so far", soft_wrap=True, markup=False, highlight=False)
+    client = tracking.connect_default(tracking_uri(domain))
+    planned = _plan(domain, ledger, client, now, say)
+    if planned is not None:
+        recipe = round_recipe(domain, ledger, client, planned[0], say)
+        say(f"{domain.name}: a call would train {recipe.phases[PHASE].steps} steps, judge and gate")
+
+
+def _speaker(console: Console) -> Callable[[str], None]:
+    """What prints a line as it is."""
+    return lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The figures of a candidate's rival: from the report its version carries, or judged again where that does not fit."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -11,7 +11,7 @@ from pipeline import registry
 from pipeline.benchmark import read_set
 from pipeline.costs import measure_costs
 from pipeline.evaluate import SetResult, Weights, evaluate, load_bytes
-from pipeline.gate import Costs, Verdict, decide
+from pipeline.gate import Anchor, Costs, Verdict, decide
 from pipeline.lineage import PARENT_TAG
 from pipeline.rule import GateConfig
 
@@ -23,22 +23,30 @@ def judge_candidate(
     rule: GateConfig,
     sets: Mapping[str, str],
     include: Mapping[str, tuple[str, ...]],
+    anchor_uri: str | None = None,
 ) -> Verdict:
     """The gate's verdict on a candidate with results `mine`; Ray must be initialised. sets: name -> folder or URI.
 
     The rival is the champion; where there is none, the version that the candidate was started from, else bicubic.
+    anchor_uri: models:/NAME/VERSION that the rule's `not_worse` is asked about as well.
     """
     rival = champion or parent_of(candidate)
     if rival is None:
         return decide(mine, None, "bicubic", rule)
     title = f"champion version {rival.version}" if champion else f"{rival.name} version {rival.version}, its start"
+    anchor = registry.resolve(MlflowClient(), anchor_uri) if anchor_uri else None
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-        theirs = rival_results(rival, mine, rule, sets, include, Path(folder))
-        mine = rival_results(candidate, theirs, rule, sets, include, Path(folder), mine)  # a set may have grown since
-        costs = None
+        theirs = rival_results(rival, mine, rule.sets, sets, include, Path(folder))
+        # a set may have grown since
+        mine = rival_results(candidate, theirs, rule.sets, sets, include, Path(folder), mine)
+        since, costs = None, None
+        if anchor is not None and (anchor.name, str(anchor.version)) != (rival.name, str(rival.version)):
+            (place := Path(folder, "anchor")).mkdir()
+            results = rival_results(anchor, mine, list(rule.not_worse), sets, include, place)
+            since = Anchor(f"{anchor.name} version {anchor.version}, where the domain started", results)
         if rule.max_slowdown is not None or rule.max_growth is not None:
             costs = compare_costs(candidate, rival, Path(folder))
-    return decide(mine, theirs, title, rule, costs)
+    return decide(mine, theirs, title, rule, costs, since)
 
 
 def parent_of(version: ModelVersion) -> ModelVersion | None:
@@ -50,20 +58,20 @@ def parent_of(version: ModelVersion) -> ModelVersion | None:
 def rival_results(
     rival: ModelVersion,
     mine: list[SetResult],
-    rule: GateConfig,
+    names: Sequence[str],
     sets: Mapping[str, str],
     include: Mapping[str, tuple[str, ...]],
     folder: Path,
     known: list[SetResult] | None = None,
 ) -> list[SetResult]:
-    """The rival's results on the rule's sets, on the same images and by the same protocol as `mine`.
+    """The rival's results on the sets of some names, on the same images and by the same protocol as `mine`.
 
     known: results to be used again where they fit; None: those that the version carries.
     """
     carried = {result.set: result for result in (registry.read_report(rival, folder) if known is None else known)}
     found, weights = [], None
     for result in mine:
-        if result.set not in rule.sets:
+        if result.set not in names:
             continue
         if result.set in carried and _comparable(carried[result.set], result):
             found.append(carried[result.set])

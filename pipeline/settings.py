@@ -38,7 +38,7 @@ def load_settings(kind: type[AnySettings], file: Path, overrides: list[str]) -> 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(kind, file, error)) from error
+        raise ConfigError(explain(kind, file, error)) from error
 
 
 def _read(file: Path, parents: tuple[Path, ...]) -> Any:
@@ -71,8 +71,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _explain(kind: type[Settings], file: Path, error: ValidationError) -> str:
-    """One line per faulty key; what each form of a key that takes several wants, in one."""
+def explain(kind: type[Settings], origin: object, error: ValidationError) -> str:
+    """One line per faulty key, beginning with where the config came from; what each of a key's forms wants, in one."""
     lines: dict[str, list[str]] = {}
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"] if not _names_a_form(part))
@@ -82,7 +82,7 @@ def _explain(kind: type[Settings], file: Path, error: ValidationError) -> str:
             lines[f"{where + ': ' if where else ''}{fault['ctx']['error']}"] = []
         else:
             lines.setdefault(f"{where}: value {_short(fault.get('input'))}", []).append(fault["msg"])
-    return "\n".join(f"{file}: {line}{': ' if wants else ''}{', or '.join(wants)}" for line, wants in lines.items())
+    return "\n".join(f"{origin}: {line}{': ' if wants else ''}{', or '.join(wants)}" for line, wants in lines.items())
 
 
 def _names_a_form(part: int | str) -> bool:

@@ -324,7 +324,7 @@ def _carried(work: Work, name: str, mine: list[SetResult], folder: Path) -> dict
 def run_promote(work: Work) -> Artifact:
     """Candidates -> champions, where the gate lets them."""
     results = read_results(work.inputs["evaluate"], work.folder)
-    asked, rule = work.recipe.evaluate, work.recipe.registry.gate
+    asked, rule, anchor = work.recipe.evaluate, work.recipe.registry.gate, work.recipe.registry.anchor
     decisions = {}
     for model, made in work.inputs["register"].info["versions"].items():
         mine = [result for result in results if result.model == made["training"]]
@@ -333,7 +333,7 @@ def run_promote(work: Work) -> Artifact:
         def judge(
             champion: ModelVersion | None, mine: list[SetResult] = mine, candidate: ModelVersion = candidate
         ) -> Verdict:
-            return judge_candidate(mine, candidate, champion, rule, asked.sets, asked.include)
+            return judge_candidate(mine, candidate, champion, rule, asked.sets, asked.include, anchor)
 
         decisions[model] = promotion.promote(work.tracker.client, model, candidate, judge).model_dump()
     path = work.folder / "decisions.json"

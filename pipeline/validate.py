@@ -18,7 +18,7 @@ from data_prep import storage
 from data_prep.subimages import to_png
 from model.blocks import UpscalingNetwork
 from model.inference import upscale
-from model.metrics import psnr_y, ssim_y
+from model.metrics import RESOLVED_DB, psnr_y, ssim_y
 from model.weights import load_parameters
 from pipeline import checkpoint
 from pipeline.config import Settings
@@ -59,7 +59,8 @@ class Validator:
         for name, low_res, high_res in self.images[rank::world_size]:
             output = upscale(network, low_res)
             border = high_res.shape[0] // low_res.shape[0]
-            figures.append((psnr_y(output, high_res, border), ssim_y(output, high_res, border)))
+            psnr = min(psnr_y(output, high_res, border), RESOLVED_DB)
+            figures.append((psnr, ssim_y(output, high_res, border)))
             if rank == 0 and len(shown) < pictures:
                 shown[f"{name}.png"] = to_png(np.concatenate([output, high_res], axis=1))
         everyone: list[Any] = [None] * world_size

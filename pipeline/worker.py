@@ -160,6 +160,7 @@ def pair_settings(job: TrainJob) -> PairSettings:
         scale=job.training.scale,
         patch_px=job.phase.patch_px,
         seed=job.seed,
+        degradation=job.phase.degradation,
         rounding=job.phase.low_res_rounding,
         cache_decoded_bytes=job.phase.cache_decoded_bytes,
         cache_dir=job.cache_dir,

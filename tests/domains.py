@@ -1,9 +1,16 @@
 """Images of two domains that differ from photographs: pages of text and charts, drawn here, the same for a seed."""
 
 import random
+import statistics
+import tempfile
 from pathlib import Path
 
+from mlflow.entities.model_registry import ModelVersion
 from PIL import Image, ImageDraw, ImageFont
+
+from pipeline import registry
+from pipeline.benchmark import Protocol, read_set
+from pipeline.evaluate import judge, load_bytes
 
 _TEXT = (
     "the of and a to in is was he for it with as his on be at by had not are but from or have an they "
@@ -61,3 +68,10 @@ def let_arrive(domain: str, folder: Path, seeds: range) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         DRAWN[domain](seed).save(folder / f"{domain}-{seed:05}.png")
+
+
+def mean_psnr_y(version: ModelVersion, uri: str, scale: int = 2) -> float:
+    """A registered version on a set, judged here and now, in dB."""
+    with tempfile.TemporaryDirectory() as folder:
+        network = load_bytes(*registry.read_weights(version, Path(folder)))
+    return statistics.fmean(judge(image, scale, network, Protocol())[0].psnr_y for image in read_set(uri, scale))

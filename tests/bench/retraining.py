@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from data_prep.sources import list_items
-from pipeline import promotion, registry, tracking
-from tests.domains import let_arrive
+from pipeline import tracking
+from pipeline.ledger import Ledger
+from tests.domains import let_arrive, mean_psnr_y
 from tests.shared_data import ROOT, SHARED
 
 NETWORK = {"embed_dim": 24, "depths": [2], "num_heads": [4], "window_size": 8, "compress_ratio": 4, "squeeze_factor": 6}
@@ -23,7 +24,7 @@ FAST = {
     "cache_decoded_bytes": 200_000_000,
 }
 ARRIVALS, MARGIN_DB, TOLERANCE_DB = (range(48), range(48, 96)), 0.05, 0.3
-DOMAINS = ("text", "charts")
+DOMAINS, MODEL = ("text", "charts"), "general-x2"
 
 
 def hatchery(*arguments: str) -> None:
@@ -74,16 +75,26 @@ def retrain(folder: Path, domain: str) -> None:
 
 
 def report(folder: Path) -> None:
-    """The registry's history, and each version's gains as its tags tell them."""
+    """The registry's history, and a table of every round against the general champion, on today's hold-outs."""
     uri = f"sqlite:///{folder}/runs/mlflow.db"
-    hatchery("history", "general-x2", "--tracking-uri", uri)
+    hatchery("history", MODEL, "--tracking-uri", uri)
     client = tracking.connect_default(uri)
-    promoted = {event.version for event in promotion.history(client, "general-x2")}
-    for version in sorted(client.search_model_versions("name = 'general-x2'"), key=lambda found: int(found.version)):
-        gains = {key: value for key, value in version.tags.items() if key.startswith("hatchery.gain")}
-        start = version.tags.get("hatchery.parent_version", "bicubic")
-        print(f"version {version.version} from {start}, champion {version.version in promoted}: {gains}")
-    assert registry.by_alias(client, "general-x2", "champion") is not None
+    general = client.get_model_version(MODEL, "1")
+    set5 = f"{SHARED}/data/benchmark/Set5"
+    print("| domain | round | trained on / held out | version | promoted | hold-out, gain in dB | Set5, change in dB |")
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: |")
+    for domain in DOMAINS:
+        ledger = Ledger(f"{folder}/runs", domain)
+        before = {uri: mean_psnr_y(general, uri) for uri in (ledger.hold_out_uri, set5)}
+        for entry in ledger.rounds():
+            if (outcome := ledger.outcome(entry.number)) is None:
+                continue
+            version = client.get_model_version(MODEL, outcome["version"])
+            gains = " | ".join(f"{mean_psnr_y(version, uri) - figure:+.3f}" for uri, figure in before.items())
+            roles = [image.role for image in entry.images]
+            images = f"{roles.count('train')} / {roles.count('hold-out')}"
+            promoted = "yes" if outcome["promoted"] else "no"
+            print(f"| {domain} | {entry.number} | {images} | {version.version} | {promoted} | {gains} |")
 
 
 def main() -> None:

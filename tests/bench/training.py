@@ -162,11 +162,11 @@ def start_up_s(folder: Path) -> float:
     """From submission to the moment when all processes of a training stand before step 0; its shards are made."""
     arguments = ["--recipe", "tests/integration/tiny_pair.yaml", "--set", f"storage.uri={folder}/runs"]
     with ray_cluster(folder, cpus=(2,)) as cluster:
-        first = submit(cluster, *arguments, "--until", "shard", env={})
+        first = submit(cluster, "pipeline/pretrain.py", *arguments, "--until", "shard", env={})
         assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
         begin = time.monotonic()
         process = subprocess.Popen(
-            submission(cluster, *arguments, "--until", "pretrain-x2", env={}),
+            submission(cluster, "pipeline/pretrain.py", *arguments, "--until", "pretrain-x2", env={}),
             env=cluster.env,
             stdout=subprocess.PIPE,
             text=True,

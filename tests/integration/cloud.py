@@ -27,11 +27,21 @@ class Cloud:
     def run(self, *arguments: str, storage_uri: str | None = None) -> "subprocess.CompletedProcess[str]":
         places = [f"storage.uri={storage_uri or self.base + '/runs'}", f"tracking.uri={self.tracking}"]
         sets = [word for place in (*places, *self.sources) for word in ("--set", place)]
-        return submit(self.cluster, "--recipe", self.recipe, *sets, *arguments, env=self.env)
+        return submit(self.cluster, "pipeline/pretrain.py", "--recipe", self.recipe, *sets, *arguments, env=self.env)
+
+    def retrain(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return submit(self.cluster, "pipeline/retrain.py", *self.domain, *arguments, env=self.env)
 
     @property
     def sources(self) -> list[str]:
         return [f"data.photographs.source={self.base}/imagenet", f"evaluate.sets.Set5={shared('data/benchmark/Set5')}"]
+
+    @property
+    def domain(self) -> list[str]:
+        """A domain's file and what it leaves to say: images arrive on S3, its storage is there too."""
+        places = [f"source={self.base}/incoming", f"replay.source={self.base}/imagenet"]
+        places += [f"storage.uri={self.base}/retrained", f"tracking.uri={self.tracking}"]
+        return ["tests/integration/pages.yaml", *[word for place in places for word in ("--set", place)]]
 
 
 def upload_images(base: str) -> None:

@@ -187,16 +187,16 @@ def ray_cluster(folder: Path, cpus: tuple[int, ...] = (1, 1)) -> Iterator[RayClu
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def submission(cluster: RayCluster, *arguments: str, env: dict[str, str]) -> list[str]:
-    """The command `ray job submit` of pipeline/pretrain.py, which uploads the project's folder."""
+def submission(cluster: RayCluster, script: str, *arguments: str, env: dict[str, str]) -> list[str]:
+    """The command `ray job submit` of a script, which uploads the project's folder."""
     command = [str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT)]
     command += ["--runtime-env-json", json.dumps({"env_vars": env})]
-    return [*command, "--", "python", "pipeline/pretrain.py", *arguments]
+    return [*command, "--", "python", script, *arguments]
 
 
-def submit(cluster: RayCluster, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """`ray job submit` of pipeline/pretrain.py from the project's folder; waits and gives the job's output."""
-    command = submission(cluster, *arguments, env=env)
+def submit(cluster: RayCluster, script: str, *arguments: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of a script from the project's folder; waits and gives the job's output."""
+    command = submission(cluster, script, *arguments, env=env)
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run(command, env=cluster.env, capture_output=True, text=True, timeout=900)

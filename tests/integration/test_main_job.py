@@ -15,12 +15,19 @@ from PIL import Image
 
 from data_prep import storage
 from data_prep.index import read_shard_set
-from model import load
-from model.weights import read_weights
-from pipeline import promotion
+from model import build, load
+from model.init import bicubic_start
+from model.weights import read_weights, save_pth
+from pipeline import promotion, registry
+from pipeline.cli import main
+from pipeline.gate import Verdict
+from pipeline.ledger import Ledger
+from pipeline.lock import StorageLock
 from pipeline.stages import PTH, RESULTS, SAFETENSORS
+from tests.domains import let_arrive
 from tests.integration.cloud import Cloud, artifact_of, running_cloud
 from tests.shared_data import ROOT, shared
+from tests.unit.model.tiny import TINY
 
 pytestmark = pytest.mark.integration
 
@@ -220,3 +227,53 @@ def test_a_wrong_s3_secret_is_one_line_and_exit_code_2(cloud: Cloud) -> None:
     assert tried.returncode == 2
     assert len(tried.stderr.strip().splitlines()) == 1
     assert cloud.base in tried.stderr
+
+
+def general_champion(client: MlflowClient, folder: Path) -> str:
+    """An x2 network that interpolates bicubically becomes the champion `general-x2`; its version."""
+    network = build("hat", 2, **TINY)
+    bicubic_start(network)
+    save_pth(folder / PTH, network.state_dict())
+    run_id = client.create_run(client.create_experiment("general")).info.run_id
+    tags = {registry.CONTENT_TAG: "general"}
+    version = registry.register(client, run_id, "general-x2", {PTH: folder / PTH}, {}, tags)
+    good = Verdict(promoted=True, reason="general", rival="none")
+    return promotion.promote(client, "general-x2", version, lambda _: good).version
+
+
+def test_a_retraining_on_the_cluster_with_everything_on_s3(
+    cloud: Cloud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow.set_tracking_uri(cloud.tracking)
+    client = MlflowClient(cloud.tracking)
+    first = general_champion(client, tmp_path)
+    let_arrive("text", tmp_path / "pages", range(8))
+    for path in (tmp_path / "pages").iterdir():
+        storage.upload(path, f"{cloud.base}/incoming/{path.name}")
+    done = cloud.retrain()
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    ledger = Ledger(f"{cloud.base}/retrained", "pages")
+    (round_,) = ledger.rounds()
+    assert round_.start == f"models:/general-x2/{first}"
+    held = {f"{image.sha256}.png" for image in round_.images if image.role == "hold-out"}
+    assert len(round_.images) == 8
+    assert len(held) >= 2
+    assert {info.path for info in storage.list_files(ledger.hold_out_uri)} == held
+    outcome = ledger.outcome(1)
+    assert outcome is not None
+    assert outcome["promoted"], outcome
+    champion = client.get_model_version_by_alias("general-x2", "champion")
+    assert str(champion.version) == outcome["version"] != first
+    assert champion.tags["hatchery.parent_version"] == round_.start
+    assert not storage.exists(f"{ledger.uri}/retrain.lock")
+    with StorageLock(f"{ledger.uri}/retrain.lock", "a test", heartbeat_s=0.2):
+        assert "leaving it to another run" in retrain_here(cloud, capsys)
+    assert "0 new images: nothing to do" in retrain_here(cloud, capsys)
+
+
+def retrain_here(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> str:
+    """A call that has nothing to train, without the cluster."""
+    with pytest.raises(SystemExit) as ended:
+        main(["retrain", *cloud.domain])
+    assert ended.value.code == 0
+    return capsys.readouterr().out

@@ -56,10 +56,10 @@ class Registry:
         self.weights = folder / "weights.pth"
         save_pth(self.weights, build("hat", 2, **OPTIONS).state_dict())
 
-    def register(self, content: str, figures: SetResult) -> registry.ModelVersion:
-        tags = {registry.CONTENT_TAG: content, **registry.metric_tags([figures])}
+    def register(self, content: str, *figures: SetResult) -> registry.ModelVersion:
+        tags = {registry.CONTENT_TAG: content, **registry.metric_tags(list(figures))}
         carried = self.weights.with_name(registry.EVALUATION)
-        carried.write_text(report.as_json([figures]))
+        carried.write_text(report.as_json(list(figures)))
         files = {"weights.pth": self.weights, registry.EVALUATION: carried}
         return registry.register(self.client, self.run_id, "m-x2", files, {}, tags)
 
@@ -294,6 +294,31 @@ def test_an_alias_is_resolved_once_before_anything_reads_it(
     artifact = Artifact(stage="pretrain-x2", uri="", fingerprint="", digest="")
     tags = lineage.tags(prepared[0], "pretrain-x2", {"pretrain-x2": artifact})
     assert tags[PARENT_TAG] == "models:/m-x2/1"
+
+
+def test_what_champions_lost_together_counts_against_the_anchor(store: Registry) -> None:
+    rule = GateConfig(better={"new": 0.1}, not_worse={"Set5": 0.1}, decide_by="mean")
+
+    def next_round(psnr_new: float, psnr_set5: float) -> Decision:
+        mine = [result(psnr_new, "new"), result(psnr_set5)]
+        version = store.register(f"{psnr_new}", *mine)
+
+        def judge(champion: registry.ModelVersion | None) -> Verdict:
+            return judge_candidate(mine, version, champion, rule, {}, {}, "models:/m-x2/1")
+
+        return promotion.promote(store.client, "m-x2", version, judge)
+
+    good = Verdict(promoted=True, reason="general", rival="none")
+    general = store.register("general", result(30.0, "new"), result(33.0))
+    promotion.promote(store.client, "m-x2", general, lambda _: good)
+    first, second = next_round(31.0, 32.94), next_round(32.0, 32.88)
+    assert first.promoted
+    assert "since" not in first.reason  # the champion is the anchor still
+    assert not second.promoted
+    assert "since m-x2 version 1, where the domain started, psnr_y on Set5 32.8800 against 33.0000" in second.reason
+    tags = store.client.get_model_version("m-x2", "3").tags
+    assert tags["hatchery.gain.psnr_y.Set5"].startswith("-0.060000")
+    assert tags["hatchery.since_start.psnr_y.Set5"].startswith("-0.120000")
 
 
 def test_names_that_lead_nowhere_are_named(store: Registry) -> None:

@@ -45,9 +45,9 @@ def run(folder: Path, *more: str) -> str:
     return done.stdout
 
 
-def committed(folder: Path) -> bool:
+def committed(folder: Path, stage: str = "pretrain-x2") -> bool:
     """Whether Ray Train has written down a checkpoint: all ranks' files are there, and a new start will find it."""
-    for snapshot in (folder / "runs" / "pretrain-x2").rglob("checkpoint_manager_snapshot.json"):
+    for snapshot in (folder / "runs" / stage).rglob("checkpoint_manager_snapshot.json"):
         with suppress(ValueError):  # it is being written
             return bool(json.loads(snapshot.read_text())["checkpoint_results"])
     return False

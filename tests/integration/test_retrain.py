@@ -1,6 +1,7 @@
 """Retraining as a scheduler calls it: images arrive in between, calls are killed, two call at once."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from pipeline.cli import main
 from pipeline.gate import Verdict
 from pipeline.ledger import Ledger
 from pipeline.lock import StorageLock
-from tests.domains import let_arrive
+from tests.domains import let_arrive, mean_psnr_y
+from tests.integration.test_resume import committed
 from tests.shared_data import ROOT, shared
 from tests.unit.data_prep.test_loader import shard_here
 
@@ -108,7 +110,7 @@ class Domain:
 
     def retrain(self) -> str:
         process = self.start()
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output[-4000:]
         return output
 
@@ -138,8 +140,36 @@ def test_nothing_or_too_little_is_said_and_left(domain: Domain, capsys: pytest.C
     assert "1 files cannot be used" in said
     assert "3 new images, 8 make a retraining worthwhile: nothing to do" in said
     assert domain.ledger.rounds() == []
-    overdue = quick(domain, capsys, "--set", "max_wait_days=0", "--dry-run")
-    assert "3 new images (1 files cannot be used)" in overdue
+    overdue = ("--set", "max_wait_days=0", "--dry-run")
+    assert "all 3 new images are held out for judgement" in quick(domain, capsys, *overdue)
+    said = quick(domain, capsys, *overdue, "--set", "min_hold_out=1", "--set", "hold_out_share=0.01")
+    assert "round 1 with 2 new images to train on and 1 held out, from models:/tiny-x2/1" in said
+    assert "a call would train 50 steps" in said
+    assert domain.ledger.rounds() == []
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.patch_px=20", ["training.patch_px 20", "window 8: use 16"]),
+        ("training.patch_px=80", ["min_side_px 150", "raise it to 160"]),
+        ("registered_as=other-x3", ["'other-x3'", "ends in -x2"]),
+        ("gate.metric=psnr_rgb", ["gate.metric psnr_rgb", "evaluate.protocol.rgb=true"]),
+        ("evaluate.sets.Set5=/absent", ["/absent"]),
+        ("replay.source=/absent", ["/absent"]),
+    ],
+)
+def test_what_cannot_be_run_opens_no_round(
+    domain: Domain, capsys: pytest.CaptureFixture[str], override: str, words: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["retrain", str(domain.file), "--now", "--set", "min_hold_out=1", "--set", override])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert len(said.strip().splitlines()) == 1, said
+    for word in words:
+        assert word in said
+    assert domain.ledger.rounds() == []
 
 
 def test_the_second_of_two_at_once_leaves(domain: Domain, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,35 +192,50 @@ def test_two_retrainings_with_arrivals_a_kill_and_copies_in_between(
     assert "0 new images: nothing to do" in quick(domain, capsys)
     let_arrive("text", domain.incoming, range(16, 28))
     killed = domain.start()
-    wait_for_round(domain, 2, killed)
+    wait_for_checkpoint(domain, "text-0002", killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
+    assert len(domain.ledger.rounds()) == 2
+    assert domain.ledger.outcome(2) is None
     second = domain.retrain()
     assert "round 2 was interrupted, continuing it" in second
     assert "shard-text-0001: done before" in second
-    check_outcome(domain, held)
+    resumed = re.search(r"text-0002: 1 process from step (\d+)", second)
+    assert resumed, second[-4000:]
+    assert int(resumed[1]) >= 10
+    check_rounds(domain, held)
+    check_registry(domain)
+    check_gain(domain)
 
 
-def wait_for_round(domain: Domain, number: int, process: "subprocess.Popen[str]") -> None:
-    """Until a round is open; that a killed training goes on from its checkpoint is test_resume's to show."""
-    deadline = time.monotonic() + 100
-    while len(domain.ledger.rounds()) < number:
+def wait_for_checkpoint(domain: Domain, stage: str, process: "subprocess.Popen[str]") -> None:
+    """Until a training has committed its first checkpoint, while it trains on."""
+    deadline = time.monotonic() + 400
+    while not committed(domain.file.parent, stage):
         assert process.poll() is None, process.communicate()[0][-4000:]
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
-def check_outcome(domain: Domain, held_first: set[str]) -> None:
-    """Better on the hold-out by the margin each time, Set5 within the tolerance, and the registry tells it."""
+def check_rounds(domain: Domain, held_first: set[str]) -> None:
+    """Every image has one role for ever; each round starts from the champion, and is promoted or says why not."""
     rounds = domain.ledger.rounds()
     assert [entry.start for entry in rounds] == ["models:/tiny-x2/1", "models:/tiny-x2/2"]
+    first, second = domain.ledger.outcome(1), domain.ledger.outcome(2)
+    assert first["promoted"]
+    assert first["reason"].startswith("better than champion version 1: psnr_y on text ")
+    assert second["promoted"] or second["reason"].startswith("not promoted over champion version 2: ")
+    assert domain.champion() == ("3" if second["promoted"] else "2")
     roles = [(image.sha256, image.role) for entry in rounds for image in entry.images]
     assert len({sha for sha, _ in roles}) == len(roles) == 28
     held = {f"{sha}.png" for sha, role in roles if role == "hold-out"}
     assert held_first < held == {info.path for info in storage.list_files(domain.ledger.hold_out_uri)}
-    assert domain.ledger.outcome(1)["promoted"]
+
+
+def check_registry(domain: Domain) -> None:
+    """Its history and tags tell who was champion, from what, by how much, and of which data."""
     events = promotion.history(domain.client, "tiny-x2")
-    assert [event.version for event in events][:2] == ["1", "2"]
+    assert [event.version for event in events] == [str(n) for n in range(1, int(domain.champion()) + 1)]
     version = domain.client.get_model_version("tiny-x2", "2")
     assert version.tags["hatchery.parent_version"] == "models:/tiny-x2/1"
     assert float(version.tags["hatchery.gain.psnr_y.text"].split()[0]) > MARGIN_DB
@@ -198,5 +243,16 @@ def check_outcome(domain: Domain, held_first: set[str]) -> None:
     again = domain.client.get_model_version("tiny-x2", "3")
     assert {"hatchery.data.text-0001", "hatchery.data.text-0002", "hatchery.data.replay"} <= set(again.tags)
     assert again.tags["hatchery.parent_version"] == "models:/tiny-x2/2"
+    assert again.tags["hatchery.decision"] == domain.ledger.outcome(2)["reason"]
+    assert float(again.tags["hatchery.since_start.psnr_y.Set5"].split()[0]) >= -TOLERANCE_DB
     run = MlflowClient().get_run(again.run_id)
     assert {entry.dataset.name for entry in run.inputs.dataset_inputs} == {"text-0001", "text-0002", "replay"}
+
+
+def check_gain(domain: Domain) -> None:
+    """The champion of now against the first, both on today's hold-out and Set5: better by the margin, lost little."""
+    sets = {"text": domain.ledger.hold_out_uri, "Set5": str(shared("data/benchmark/Set5"))}
+    first, last = (domain.client.get_model_version("tiny-x2", number) for number in ("1", domain.champion()))
+    gains = {name: mean_psnr_y(last, uri) - mean_psnr_y(first, uri) for name, uri in sets.items()}
+    assert gains["text"] > MARGIN_DB, gains
+    assert gains["Set5"] >= -TOLERANCE_DB, gains

@@ -48,6 +48,7 @@ def test_keys_are_unique_reversible_and_webdataset_splits_them_right(paths):
         (["a.*"], [], ["a.jpg", "a.png"]),
         (["b.c/*"], ["*.tif"], ["b.c/d.e.JPEG"]),
         ([], ["a.png", "b.c/*"], ["a.jpg"]),
+        (["/b.c/d.e.JPEG", "/d.e.JPEG", "/__skip__.tif"], [], ["b.c/d.e.JPEG"]),
     ],
 )
 def test_globs(folder, include, exclude, names):

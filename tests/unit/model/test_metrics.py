@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data_prep.bicubic import imresize, to_uint8
-from model.metrics import psnr_rgb, psnr_y, ssim_y
+from model.metrics import RESOLVED_DB, psnr_rgb, psnr_y, ssim_y
 from tests.shared_data import shared
 
 BASELINE = {2: (33.678, 0.9304), 3: (30.404, 0.8690), 4: (28.431, 0.8113), 8: (24.398, 0.6582)}
@@ -61,6 +61,13 @@ def test_equal_images() -> None:
     a = noise()
     assert psnr_y(a, a, 2) == psnr_rgb(a, a, 2) == math.inf
     assert ssim_y(a, a, 2) == pytest.approx(1)
+
+
+def test_what_uint8_resolves_is_the_luma_of_rounding() -> None:
+    exact = np.random.default_rng(0).uniform(50, 200, (200, 200, 3))
+    error = luma(np.rint(exact)) - luma(exact)
+    assert pytest.approx(10 * math.log10(255**2 / np.mean(error**2)), abs=0.05) == RESOLVED_DB
+    assert pytest.approx(63.74, abs=0.005) == RESOLVED_DB
 
 
 @pytest.mark.parametrize("metric", [psnr_y, psnr_rgb, ssim_y])

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.metrics import RESOLVED_DB
 from pipeline.compare import against_bicubic, bootstrap_interval, compare
-from pipeline.gate import Costs, decide
+from pipeline.gate import Anchor, Costs, decide
 from pipeline.rule import GateConfig
 from tests.unit.pipeline.figures import judged
 
@@ -50,6 +51,17 @@ def test_the_interval_holds_the_mean_and_lies_within_the_values(values: list[flo
 def test_equal_images_do_not_break_the_figures() -> None:
     found = compare(judged([math.inf, 30]), judged([math.inf, 29], model="rival"))
     assert found.difference == 0.5
+
+
+def test_one_blank_page_does_not_outweigh_nineteen_better_ones() -> None:
+    """Off by less than uint8 resolves where the rival is exact; reports from before the limit hold infinity."""
+    pages = [30.0 + n for n in range(19)]
+    mine = judged([*(value + 0.5 for value in pages), 62.0], "text")
+    for exact in (math.inf, RESOLVED_DB):
+        found = compare(mine, judged([*pages, exact], "text", "rival"))
+        assert found.difference == pytest.approx((19 * 0.5 + 62 - RESOLVED_DB) / 20)
+        assert found.low > 0
+        assert decide([mine], [judged([*pages, exact], "text")], "champion", GateConfig(better={"text": 0.0})).promoted
 
 
 def test_what_cannot_be_compared_says_so() -> None:
@@ -111,6 +123,20 @@ def test_costs_count_where_the_rule_limits_them() -> None:
         decide(good, RIVAL, "champion", rule, Costs(slowdown=1.3, growth=1.0)).reason
     )
     assert "parameters 2.000" in decide(good, RIVAL, "champion", rule, Costs(slowdown=1.0, growth=2.0)).reason
+
+
+def test_losses_within_the_tolerance_do_not_add_up() -> None:
+    """Two rounds that each lose 0.04 dB of the 0.05 allowed: the second loses too much since the anchor."""
+    anchor = Anchor("m-x2 version 1, where the domain started", [judged([33.0, 34, 35], "Set5", "anchor")])
+    by_mean = RULE.model_copy(update={"decide_by": "mean"})
+    first, second = ([judged([33 - loss, 34 - loss, 35 - loss], "Set5")] for loss in (0.04, 0.08))
+    new, newer = ([judged([30 + gain, 31, 32 + gain], "new")] for gain in (1, 2))
+    assert decide(new + first, RIVAL, "version 1", by_mean, anchor=anchor).promoted
+    assert decide(newer + second, new + first, "version 2", by_mean).promoted
+    refused = decide(newer + second, new + first, "version 2", by_mean, anchor=anchor)
+    assert not refused.promoted
+    assert "since m-x2 version 1, where the domain started, psnr_y on Set5 33.9200 against 34.0000" in refused.reason
+    assert [condition.against for condition in refused.conditions] == ["rival", "rival", "anchor"]
 
 
 def test_a_set_that_was_not_judged_is_named() -> None:

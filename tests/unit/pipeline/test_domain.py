@@ -1,17 +1,26 @@
 """Domains and their ledger: what is seen is seen by content, what is held out stays held out."""
 
+import hashlib
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from pydantic import ValidationError
 
 from data_prep.sources import list_items
 from model import build
-from pipeline import retrain
+from pipeline import registry, retrain
+from pipeline.config import DataConfig, ModelConfig, Recipe
 from pipeline.costs import measure_costs
 from pipeline.domain import load_domain
 from pipeline.ledger import Ledger, NewImage, Round, with_roles
 from pipeline.settings import ConfigError
+from pipeline.worker import pair_settings
 from tests.domains import let_arrive
 from tests.unit.model.tiny import TINY
 
@@ -41,7 +50,13 @@ def domain_file(folder: Path) -> str:
         ("gate.better.nowhere=1", ["nowhere", "text, Set5"]),
         ("hold_out_share=1", ["hold_out_share", "1"]),
         ("replay.shares=0.2", ["replay.shares", "share"]),
-        ("schedule.cron=daily", ["schedule.cron", "daily"]),
+        ("schedule.cron=daily", ["schedule.cron", "'daily' has 1 fields", "minute hour day"]),
+        ("schedule.cron=0 24 * * *", ["schedule.cron", "hour '24'", "within 0-23"]),
+        ("base=models:/tiny-x2", ["base", "models:/tiny-x2", "models:/NAME@champion"]),
+        ("base=models:/tiny-x2@", ["base", "models:/NAME@champion"]),
+        ("registered_as=pages", ["registered_as", "'pages'", "end it in -x2"]),
+        ("compute.num_workers=64", ["training.global_batch 32", "compute.num_workers 64"]),
+        ("training.global_batch=2", ["training.global_batch 2", "lower compute.micro_batch"]),
     ],
 )
 def test_faults_name_the_value(tmp_path: Path, override: str, words: list[str]) -> None:
@@ -58,8 +73,6 @@ def test_a_domain_file_that_is_absent() -> None:
 
 
 def images(count: int) -> list[NewImage]:
-    import hashlib
-
     digests = [hashlib.sha256(bytes([n])).hexdigest() for n in range(count)]
     return [NewImage(sha256=sha, item_key=sha, uri="/x", offset=None, size=1, ext="png") for sha in digests]
 
@@ -121,6 +134,140 @@ def test_an_image_that_changes_while_it_is_copied_is_refused(tmp_path: Path) -> 
     (incoming / "text-00000.png").write_bytes((incoming / "charts-00000.png").read_bytes())
     with pytest.raises(ValueError, match="changed while it was being read"):
         ledger.open(Round(number=1, start="models:/m/1", opened="now", images=tuple(new)))
+
+
+def choose(folder: Path, *overrides: str, now: bool = False) -> tuple[list[NewImage] | None, str]:
+    """What a call at the domain would take in, and what it says of it."""
+    let_arrive("charts", folder / "Set5", range(1))
+    places = (f"storage.uri={folder}/runs", f"evaluate.sets.Set5={folder}/Set5")
+    domain = load_domain(domain_file(folder), [f"source={folder}/incoming", *places, *overrides])
+    said: list[str] = []
+    ledger = Ledger(f"{folder}/runs", "text")
+    return retrain._choose_images(domain, ledger, ledger.rounds(), now, said.append), " ".join(said)
+
+
+def test_too_few_new_images_wait_until_the_oldest_is_overdue(tmp_path: Path) -> None:
+    let_arrive("text", tmp_path / "incoming", range(3))
+    few = ("min_hold_out=1", "max_wait_days=14")
+    assert choose(tmp_path, *few) == (None, "text: 3 new images, 50 make a retraining worthwhile: nothing to do")
+    waiting = tmp_path / "runs" / "domains" / "text" / "waiting.json"
+    seen = json.loads(waiting.read_text())
+    waiting.write_text(json.dumps(seen | {min(seen): time.time() - 13.9 * 86_400}))
+    assert choose(tmp_path, *few)[0] is None
+    waiting.write_text(json.dumps(seen | {min(seen): time.time() - 14.1 * 86_400}))
+    images, _ = choose(tmp_path, *few)
+    assert images is not None
+    assert sorted(image.role for image in images) == ["hold-out", "train", "train"]
+
+
+def test_images_that_are_all_held_out_wait(tmp_path: Path) -> None:
+    let_arrive("text", tmp_path / "incoming", range(3))
+    images, said = choose(tmp_path, "min_hold_out=3", now=True)
+    assert images is None
+    assert said == "text: all 3 new images are held out for judgement, none is left to train on: waiting"
+
+
+@pytest.fixture
+def recipe_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Recipe]:
+    """Makes the recipe of a domain's last round, from a tiny network that no registry holds."""
+    monkeypatch.setattr(registry, "resolve", lambda client, uri: ModelVersion("tiny-x2", uri.rpartition("/")[2], 0))
+    monkeypatch.setattr(retrain, "_model_of", lambda version: (ModelConfig(arch="hat", options=TINY), 2))
+    let_arrive("charts", tmp_path / "Set5", range(1))
+    said: list[str] = []
+
+    def make(rounds: list[Round], *overrides: str, **more: object) -> Recipe:
+        places = (f"storage.uri={tmp_path}/runs", f"evaluate.sets.Set5={tmp_path}/Set5", "training.patch_px=32")
+        domain = load_domain(domain_file(tmp_path), [*places, *overrides]).model_copy(update=more)
+        return retrain.round_recipe(domain, Ledger(f"{tmp_path}/runs", "text"), MlflowClient(), rounds, said.append)
+
+    make.said = said  # type: ignore[attr-defined]
+    return make
+
+
+ROUND = Round(number=1, start="models:/tiny-x2/1", opened="now", images=tuple(images(1)))
+
+
+def held_by_another(folder: Path, image: Path) -> None:
+    """Another domain with the same storage holds out an image with this content, under its own name."""
+    data = image.read_bytes()
+    target = folder / "runs" / "domains" / "other" / "hold-out" / f"{hashlib.sha256(data).hexdigest()}.png"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+
+
+def excluded(data: DataConfig) -> set[str]:
+    everything = {item.key for item in list_items(data.source)}
+    return everything - {item.key for item in list_items(data.source, data.include, data.exclude)}
+
+
+def test_what_another_domain_holds_out_never_trains(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    replay, incoming = tmp_path / "replay", tmp_path / "incoming"
+    let_arrive("charts", replay, range(1, 4))
+    let_arrive("charts", replay / "below", range(4, 5))
+    (replay / "below" / "charts-00001.png").write_bytes((replay / "charts-00002.png").read_bytes())
+    let_arrive("text", incoming, range(8))
+    places = [f"replay.source={replay}"]
+    ledger = Ledger(str(tmp_path / "runs"), "text")
+    chosen = open_round(ledger, incoming, 1)
+    round_ = ledger.rounds()[0]
+    before = recipe_of([round_], *places)
+    assert before.data["replay"].exclude == before.data["text-0001"].exclude == ()
+    held_by_another(tmp_path, replay / "charts-00001.png")
+    trained = next(image for image in chosen if image.role == "train")
+    held_by_another(tmp_path, Path(trained.uri))
+    (replay / "page.png").write_bytes((tmp_path / "Set5" / "charts-00000.png").read_bytes())
+    recipe = recipe_of([round_], *places)
+    # not the one of the same name below it
+    assert excluded(recipe.data["replay"]) == {"charts-00001%2Epng", "page%2Epng"}
+    assert excluded(recipe.data["text-0001"]) == {f"{trained.sha256}%2Epng"}
+    assert recipe_of.said == [  # type: ignore[attr-defined]
+        "text: 1 images of its rounds and 2 of the replay judge now: left out"
+    ]
+    for image in chosen:
+        if image.role == "train":
+            held_by_another(tmp_path, Path(image.uri))
+    with pytest.raises(ValueError, match="all images of its rounds are held out elsewhere: remove them"):
+        recipe_of([round_], *places)
+
+
+def test_every_round_is_held_against_where_the_domain_started(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    later = ROUND.model_copy(update={"number": 2, "start": "models:/tiny-x2/5"})
+    recipe = recipe_of([ROUND, later])
+    assert recipe.trainings["text-0002"].init_weights == "models:/tiny-x2/5"
+    assert recipe.registry.anchor == "models:/tiny-x2/1"
+
+
+def test_an_open_rounds_own_hold_out_is_not_replayed(tmp_path: Path, recipe_of: Callable[..., Recipe]) -> None:
+    """The recipe is made before the round's copies are."""
+    let_arrive("text", tmp_path / "incoming", range(6))
+    new, _ = Ledger(str(tmp_path / "runs"), "text").new_images(list_items(str(tmp_path / "incoming")), 64)
+    round_ = ROUND.model_copy(update={"images": tuple(with_roles(new, 0.3, 1))})
+    recipe = recipe_of([round_], f"replay.source={tmp_path}/incoming")
+    held = {image.item_key for image in round_.images if image.role == "hold-out"}
+    assert held
+    assert excluded(recipe.data["replay"]) == held
+
+
+def test_new_images_that_judge_elsewhere_are_held_out(tmp_path: Path) -> None:
+    let_arrive("text", tmp_path / "incoming", range(3))
+    let_arrive("charts", tmp_path / "incoming", range(1))  # of Set5
+    held_by_another(tmp_path, tmp_path / "incoming" / "text-00001.png")
+    images, said = choose(tmp_path, "min_hold_out=1", "hold_out_share=0.001", now=True)
+    assert "2 new images judge already, in another domain or a benchmark: held out" in said
+    assert images is not None
+    held = {Path(image.uri).name for image in images if image.role == "hold-out"}
+    assert {"text-00001.png", "charts-00000.png"} <= held
+
+
+def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recipe]) -> None:
+    recipe = recipe_of([ROUND], degradation="unheard-of")
+    job = SimpleNamespace(
+        training=recipe.trainings["text-0001"], phase=recipe.phases["retrain"], seed=0, cache_dir="/tmp"
+    )
+    with pytest.raises(ValidationError, match=r"degradation\n.*'bicubic'"):
+        pair_settings(job)  # type: ignore[arg-type]
+    assert recipe.phases["retrain"].what()["degradation"] == "unheard-of"
+    assert "degradation" not in recipe_of([ROUND]).phases["retrain"].what()  # artifacts from before still count
 
 
 def test_the_registered_models_name_must_tell_its_scale(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import io
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +13,15 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from pipeline import cluster, pretrain
+from data_prep.image import decode
+from pipeline import artifact, cluster, pretrain, stages
 from pipeline.benchmark import read_pair, read_set, upscale_bicubic
 from pipeline.cli import main
 from pipeline.config import ComputeConfig, load_recipe
 from pipeline.domain import load_domain
+from pipeline.lock import LockedError
+from pipeline.plan import Kind, Stage
+from pipeline.progress import Display
 from pipeline.rule import GateConfig
 from pipeline.settings import load_settings
 from pipeline.tracking import Tracker, TrackingError
@@ -38,6 +45,54 @@ def test_a_set_that_lacks_a_low_resolution_image(tmp_path: Path) -> None:
     assert [image.name for image in read_set(str(tmp_path), 3, ("HR/b*",))] == ["b"]
 
 
+@pytest.mark.parametrize(
+    ("truth", "low_res"),
+    [
+        ("HR/{}.png", "LR_bicubic/X2/{}x2.png"),
+        ("HR/{}.png", "LRbicx2/{}.png"),
+        ("GTmod12/{}.png", "LRbicx2/{}.png"),
+        ("GTmod2/{}.png", "LRbicx2/{}.png"),
+        ("{}.png", "LR_bicubic/X2/{}x2.png"),
+        ("{}.png", "DIV2K_valid_LR_bicubic/X2/{}x2.png"),
+        ("valid/{}.png", "LRbicx3/{}.png"),
+    ],
+)
+def test_the_layouts_of_published_sets(tmp_path: Path, truth: str, low_res: str) -> None:
+    for name in ("a", "b"):
+        for template, side in (("GTmod3/{}.png", 15), (truth, 24), (low_res, 12)):
+            if "GTmod" in truth or "GTmod" not in template:
+                save_image(tmp_path / template.format(name), side, side)
+    found = read_set(str(tmp_path), 2)
+    assert [image.name for image in found] == ["a", "b"]
+    assert {read_pair(image, 2).high_res.shape for image in found} == {(24, 24, 3)}
+    published = low_res.startswith(("LR_bicubic/X2", "LRbicx2"))
+    assert all((image.low_res is not None) == published for image in found)
+
+
+@pytest.mark.parametrize(
+    ("paths", "below", "words"),
+    [
+        (["LR_bicubic/X2/a.png"], "", "holds only low-resolution images: add HR/"),
+        (["LRbicx2/a.png"], "LRbicx2", "holds low-resolution images: name the folder of the whole set"),
+        (["LR_bicubic/X2/a.png"], "LR_bicubic/X2", "holds low-resolution images: name the folder"),
+        (["GTmod3/a.png", "LRbicx2/a.png"], "", "has GTmod3, none of them cut for x2: add GTmod2/"),
+        (["one/a.png", "two/a.jpg"], "", r"two/a\.jpg and one/a\.png are both called a: rename one"),
+    ],
+)
+def test_folders_that_are_no_benchmark(tmp_path: Path, paths: list[str], below: str, words: str) -> None:
+    for path in paths:
+        save_image(tmp_path / path, 12, 12)
+    with pytest.raises(ValueError, match=words):
+        read_set(str(tmp_path / below), 2)
+
+
+def test_an_include_that_takes_no_truth(tmp_path: Path) -> None:
+    for path in ("HR/a.png", "LRbicx2/a.png"):
+        save_image(tmp_path / path, 12, 12)
+    with pytest.raises(ValueError, match=r"include \['LRbicx2/\*'\] takes none of its high-resolution images"):
+        read_set(str(tmp_path), 2, ("LRbicx2/*",))
+
+
 def test_a_low_resolution_image_of_another_size(tmp_path: Path) -> None:
     save_image(tmp_path / "HR" / "a.png", 17, 20)
     save_image(tmp_path / "LR_bicubic" / "X2" / "a.png", 9, 10)
@@ -48,8 +103,24 @@ def test_a_low_resolution_image_of_another_size(tmp_path: Path) -> None:
 
 def test_an_image_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read as an image .* replace it"):
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: cannot identify .* replace it"):
         read_pair(read_set(str(tmp_path), 2)[0], 2)
+
+
+def test_an_image_too_large_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_image(tmp_path / "a.png", 16, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: Image size \(320 pixels\) .* replace it"):
+        read_pair(read_set(str(tmp_path), 2)[0], 2)
+
+
+def test_sixteen_bit_gray_is_judged_as_it_is_trained(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    pair = read_pair(read_set(str(tmp_path), 2)[0], 2)
+    np.testing.assert_array_equal(pair.high_res, decode((tmp_path / "ramp.png").read_bytes()))
+    assert (pair.high_res.min(), pair.high_res.max()) == (0, 255)
+    assert abs(pair.low_res.mean() - 127.5) < 1
 
 
 def test_images_without_published_low_resolution_are_shrunk(tmp_path: Path) -> None:
@@ -62,6 +133,45 @@ def test_images_without_published_low_resolution_are_shrunk(tmp_path: Path) -> N
 
 def recipe_in(folder: Path, *overrides: str) -> "pretrain.Recipe":
     return load_recipe(TINY, [f"storage.uri={folder}/runs", *overrides])
+
+
+class NoTracker:
+    """A tracker that is told and keeps nothing."""
+
+    def stage_run(self, *told: object) -> str:
+        return "run"
+
+    def finish(self, *told: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", ["shard", "cascade"])
+def test_two_runs_that_need_the_same_stage_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
+    """Shards are made by one and taken by the other; any other stage is refused to the second."""
+    recipe, stage, began, made = recipe_in(tmp_path), Stage("shard-replay", kind, "shard", ()), threading.Event(), []
+
+    def work(todo: stages.Work) -> artifact.Artifact:
+        began.set()
+        time.sleep(6)  # the lock's heartbeat is 5 s
+        made.append(todo.stage.name)
+        return artifact.publish(recipe.storage.uri, "shard-replay", todo.fingerprint, inputs={}, config={})
+
+    def run(said: io.StringIO) -> artifact.Artifact:
+        console = Console(file=said, width=200)
+        return pretrain._run_stages(recipe, [stage], {stage.name}, NoTracker(), Display(console))["shard-replay"]
+
+    monkeypatch.setitem(stages.RUN, kind, work)
+    first, second = io.StringIO(), io.StringIO()
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run, first)
+        assert began.wait(10)
+        if kind == "shard":
+            assert run(second) == running.result()
+            assert "waiting for" in second.getvalue()
+        else:
+            with pytest.raises(LockedError, match=r"stage shard-replay .* is being run by"):
+                run(second)
+    assert made == ["shard-replay"]
 
 
 def test_mlflow_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

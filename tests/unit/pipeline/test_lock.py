@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +54,30 @@ def test_a_living_owner_is_named(place, holder):
     with pytest.raises(LockedError, match=rf"stage pretrain-x2 is being run by .*process {holder.pid} since .*storage"):
         StorageLock(place, "mine").__enter__()
     assert json.loads(Path(place).read_text())["pid"] == holder.pid
+
+
+def test_a_living_owner_is_waited_for_as_long_as_patience_lasts(place, holder):
+    told = []
+    begin = time.monotonic()
+    with pytest.raises(LockedError, match="is being run by"):
+        StorageLock(place, "mine", told.append, patience_s=1.5).__enter__()
+    assert time.monotonic() - begin >= 1.5
+    assert told[0].startswith("waiting for ")
+    assert "to end stage pretrain-x2" in told[0]
+    threading.Timer(1, Path(place).unlink).start()  # the owner ends
+    with StorageLock(place, "mine", patience_s=60):
+        assert json.loads(Path(place).read_text())["purpose"] == "mine"
+
+
+def test_an_owner_that_dies_while_it_is_waited_for_is_followed(place, holder):
+    told = []
+    threading.Timer(1, holder.kill).start()
+    waiter = threading.Thread(target=holder.wait)
+    waiter.start()
+    with StorageLock(place, "mine", told.append, patience_s=60):
+        pass
+    waiter.join()
+    assert [line.split()[0] for line in told] == ["waiting", "taking"]
 
 
 def test_an_owner_that_was_killed_on_this_machine_is_followed_at_once(place, holder):

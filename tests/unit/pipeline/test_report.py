@@ -1,15 +1,17 @@
 """Reports and pictures of made-up results, and the published figures beside them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 
 from model import build
+from model.metrics import RESOLVED_DB
 from pipeline import pictures, published, report
 from pipeline.benchmark import Protocol, set_name
 from pipeline.compare import compare
-from pipeline.evaluate import SetResult
+from pipeline.evaluate import SetResult, figures
 from tests.unit.model.tiny import TINY
 from tests.unit.pipeline.figures import judged
 
@@ -35,6 +37,15 @@ def test_json_and_csv_lose_nothing() -> None:
     lines = report.images_csv(results).splitlines()
     assert lines[0].startswith("set,scale,model,image,digest,psnr_y")
     assert [line.split(",")[3] for line in lines[1:]] == ["i0", "i1", "i0"]
+
+
+def test_a_blank_page_has_a_figure_in_valid_json() -> None:
+    blank = np.full((40, 40, 3), 250, np.uint8)
+    found = figures(blank, blank, 2, Protocol(rgb=True))
+    assert (found["psnr_y"], found["psnr_rgb"]) == (RESOLVED_DB, RESOLVED_DB)
+    assert "Infinity" not in report.as_json([judged([found["psnr_y"], 30])])
+    with pytest.raises(ValueError, match="JSON"):
+        report.as_json([judged([math.inf, 30])])
 
 
 def test_published_figures_stand_beside_the_same_network_only() -> None:
@@ -112,4 +123,5 @@ def test_the_crop_lies_on_the_error() -> None:
 
 
 def test_sets_are_named_by_their_folder() -> None:
-    assert [set_name(uri) for uri in ("/a/Set5/", "s3://b/Set5/HR", "photographs:")] == ["Set5", "Set5", "photographs"]
+    uris = ("/a/Set5/", "s3://b/Set5/HR", "/a/Set5/GTmod12", "photographs:")
+    assert [set_name(uri) for uri in uris] == ["Set5", "Set5", "Set5", "photographs"]
