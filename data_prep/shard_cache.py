@@ -31,13 +31,18 @@ _FULL_S = 30.0  # how long a full cache is not asked again
 _log = logging.getLogger(__name__)
 
 
+def default_cache() -> str:
+    """The user's own cache folder on this node."""
+    return os.path.join(tempfile.gettempdir(), f"hatchery-cache-{os.getuid()}")
+
+
 class ShardReader:
     """Reads samples of one shard set; `cache_dir` and `cache_bytes` matter for sets in an object store only."""
 
     def __init__(self, shard_set: ShardSet, cache_dir: str | None, cache_bytes: int) -> None:
         self._set = shard_set
         self._local = is_local(shard_set.uri)
-        self._cache = Path(cache_dir or os.path.join(tempfile.gettempdir(), "hatchery-shards"))
+        self._cache = Path(cache_dir or default_cache())
         self._cache_bytes = cache_bytes
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recent last
         self._wanted: set[int] = set()

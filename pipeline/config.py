@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from data_prep import storage
+from data_prep.pairs import OnDamage
 from model import build
 from pipeline.benchmark import Protocol
 from pipeline.rule import GateConfig
@@ -60,6 +61,10 @@ class ComputeConfig(Settings):
         "none", description="block: recompute each block's activations in the backward pass"
     )
     loader_workers: int = Field(0, ge=0, description="data loading processes per training process (0: in-process)")
+    cache_dir: str | None = Field(
+        None, description="local folder of each node for shards from S3; default: the user's, in the temporary folder"
+    )
+    cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the least recently used shards go")
     max_failures: int = Field(3, ge=-1, description="restarts after lost workers before the run fails (-1: no limit)")
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
@@ -92,6 +97,8 @@ class ComputeConfig(Settings):
             raise ValueError("offload 'optimizer' needs a partitioned optimizer: set zero_stage to 1, 2 or 3")
         if self.profile_steps and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"profile_steps {list(self.profile_steps)} must be [first, last], from 1 on")
+        if self.cache_dir is not None and not os.path.isabs(self.cache_dir):
+            raise ValueError(f"cache_dir {self.cache_dir!r} must be a folder of every node: give an absolute path")
         return self
 
 
@@ -112,7 +119,21 @@ class DataConfig(Settings):
     exclude: tuple[str, ...] = Field((), description="glob patterns left out")
     samples_per_shard: int = Field(512, ge=1, description="images per WebDataset tar")
     min_side_px: int = Field(64, ge=1, description="images with a shorter side are rejected, with the reason listed")
+    drop_duplicates: bool = Field(True, description="of files with the same bytes keep the one with the smallest key")
+    sub_image_px: int | None = Field(
+        None, ge=1, description="cut images into PNG crops of this side, for large ones as DF2K's; null: as they are"
+    )
+    sub_image_step_px: int = Field(240, ge=1, description="pixels from one such crop to the next")
     max_reject_share: float = Field(0.01, ge=0, le=1, description="share of rejected images that fails the stage")
+
+    @model_validator(mode="after")
+    def _sub_images_meet(self) -> "DataConfig":
+        if self.sub_image_px is not None and self.sub_image_step_px > self.sub_image_px:
+            raise ValueError(
+                f"sub_image_step_px {self.sub_image_step_px} is above sub_image_px {self.sub_image_px}, which would "
+                f"lose the pixels between: lower it"
+            )
+        return self
 
 
 class MixPartConfig(Settings):
@@ -144,13 +165,21 @@ class PhaseConfig(Settings):
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
+    num_streams: int = Field(
+        64, ge=1, description="streams of the order: more mix wider; divisible by num_workers x loader_workers"
+    )
+    crops_per_image: int = Field(1, ge=1, description="crops of each image per epoch, for one decoding")
+    on_damage: OnDamage = Field(
+        "stop", description="skip: a damaged sample's neighbour takes its place and is named; else the training stops"
+    )
     cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
     checkpoint_every: int = Field(5000, ge=1, description="steps between checkpoints")
     log_every: int = Field(100, ge=1, description="steps between metrics")
 
     def what(self) -> dict[str, Any]:
-        """What decides the result: all but intervals and caches."""
-        return self.model_dump(mode="json", exclude={"checkpoint_every", "log_every", "cache_decoded_bytes"})
+        """What decides the result: all but intervals, caches, and the way on for a training that damage stopped."""
+        left_out = {"checkpoint_every", "log_every", "cache_decoded_bytes", "on_damage"}
+        return self.model_dump(mode="json", exclude=left_out)
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> "PhaseConfig":
@@ -256,6 +285,7 @@ class Recipe(Places):
     def _cross_checks(self) -> "Recipe":
         _check_references(self)
         _check_batches(self)
+        _check_crops(self)
         _check_evaluation(self)
         _check_networks(self)
         return self
@@ -323,6 +353,19 @@ def _check_batches(recipe: Recipe) -> None:
                 f"phases.{name}.global_batch {phase.global_batch} is less than compute.micro_batch {micro_batch}: "
                 f"lower compute.micro_batch"
             )
+
+
+def _check_crops(recipe: Recipe) -> None:
+    for name, training in recipe.trainings.items():
+        phase = recipe.phases[training.phase]
+        needed = phase.patch_px * training.scale
+        for data in recipe.data_of(phase.data):
+            side = recipe.data[data].sub_image_px
+            if side is not None and side < needed:
+                raise ValueError(
+                    f"data.{data}.sub_image_px {side} is less than the crop of {needed} px that trainings.{name} takes "
+                    f"(patch_px {phase.patch_px} at scale {training.scale}): use at least {needed}"
+                )
 
 
 def _check_evaluation(recipe: Recipe) -> None:

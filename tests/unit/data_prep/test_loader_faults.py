@@ -217,6 +217,12 @@ def test_a_tar_that_is_being_read_is_not_evicted(shards, remote, tmp_path):
     first.close()
 
 
+def test_each_user_has_a_cache_folder_of_ones_own(shards, monkeypatch):
+    ours = ShardReader(shards, None, 0)._cache
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert ShardReader(shards, None, 0)._cache != ours
+
+
 def test_temporary_files_of_killed_writers_are_swept_and_others_kept(tmp_path):
     code = f"""
 import os, signal
