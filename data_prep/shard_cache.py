@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import tempfile
 import time
@@ -27,6 +28,7 @@ _QUEUED = 4  # tars asked for and not there; more are asked for when these have 
 _RANGES = 8  # samples at once
 _RANGES_AHEAD = 64  # samples in memory that nobody has read yet
 _FULL_S = 30.0  # how long a full cache is not asked again
+_FAILED_S = 30.0  # how long a tar that could not be fetched is not asked for again; a damaged one never is
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recent last
         self._wanted: set[int] = set()
         self._full_until = 0.0
+        self._failed_until: dict[int, float] = {}
         self._ahead: dict[tuple[int, int], Future[bytes]] = {}
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="shard-download")
         self._ranges = ThreadPoolExecutor(_RANGES, thread_name_prefix="sample-range")
@@ -76,8 +79,11 @@ class ShardReader:
         """Start to download shards that will be read soon, as far as the queue has room."""
         if self._local or time.monotonic() < self._full_until:
             return
+        now = time.monotonic()
         for shard in shards:
-            if len(self._wanted) < _QUEUED and shard not in self._wanted and shard not in self._files:
+            if shard in self._wanted or shard in self._files or now < self._failed_until.get(shard, 0.0):
+                continue
+            if len(self._wanted) < _QUEUED:
                 self._wanted.add(shard)
                 self._downloads.submit(self._fetch, shard)
 
@@ -131,13 +137,19 @@ class ShardReader:
         return self._cache / f"{self._set.shards[shard].sha256}.tar"
 
     def _fetch(self, shard: int) -> None:
-        """Download a shard unless it is there. Its samples are read as ranges, and judged one by one, if this fails."""
+        """Download a shard unless it is there.
+
+        If this fails its samples are read as ranges, and judged one by one.
+        """
         try:
             with _locked(self._path(shard).with_suffix(".lock")):
                 if not self._path(shard).exists():
                     self._download(shard)
-        except StorageError as error:
-            _log.warning("%s; its samples are read one by one", error)
+        except (StorageError, OSError) as error:
+            if shard not in self._failed_until:
+                _log.warning("%s; its samples are read one by one", error)
+            again_s = math.inf if isinstance(error, DamageError) else _FAILED_S
+            self._failed_until[shard] = time.monotonic() + again_s
         finally:
             self._wanted.discard(shard)
 

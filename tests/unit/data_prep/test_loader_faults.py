@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 
-from data_prep import storage
+from data_prep import shard_cache, storage
 from data_prep.index import publish_index, read_shard_set, summarise
 from data_prep.loader import PairLoader, PairSettings
 from data_prep.order import SampleOrder, crop_position
@@ -215,6 +215,61 @@ def test_a_tar_that_is_being_read_is_not_evicted(shards, remote, tmp_path):
     assert len(list(tmp_path.glob("*.tar"))) == 1
     assert first.read(0, 1)
     first.close()
+
+
+@pytest.fixture
+def as_if_remote(monkeypatch):
+    """A set in a folder, read as one in an object store is; counts of the downloads and ranges by address."""
+    counts = Counter()
+
+    def counted(name):
+        real = getattr(shard_cache, name)
+
+        def call(uri, *arguments):
+            counts[name, uri, *(arguments if name == "read_range" else ())] += 1
+            return real(uri, *arguments)
+
+        monkeypatch.setattr(shard_cache, name, call)
+
+    counted("download")
+    counted("read_range")
+    monkeypatch.setattr(shard_cache, "is_local", lambda uri: False)
+    return counts
+
+
+def test_a_damaged_tar_is_downloaded_once_and_named_once(shards, copy, as_if_remote, tmp_path, caplog):
+    """The damage is behind the samples: these are sound, and read one by one."""
+    tar = join(copy, "shard-000002.tar")
+    flip_byte(tar, -1)
+    settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    batches = []
+    for batch in itertools.islice(PairLoader(copy, settings, BATCH, BATCH, 0, 1, 0), 30):
+        batches.append(batch)
+        time.sleep(0.01)  # time for the downloads
+    sound = settings.model_copy(update={"cache_dir": str(tmp_path / "other cache")})
+    assert keys(batches) == keys(take(shards.uri, sound, 30))
+    assert as_if_remote["download", tar] == 1
+    assert caplog.text.count("its samples are read one by one") == 1
+
+
+def test_a_tar_that_could_not_be_had_is_asked_for_again(shards, as_if_remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_FAILED_S", 0.0)
+    reader = ShardReader(shards, str(tmp_path), 10**9)
+    working, failures = shard_cache.download, 0
+
+    def fails(uri, local):
+        nonlocal failures
+        failures += 1
+        raise StorageError(f"{uri}: the server does not answer")
+
+    for download in (fails, fails, working):
+        monkeypatch.setattr(shard_cache, "download", download)
+        reader.prefetch([0])
+        while reader._wanted:
+            time.sleep(0.01)
+    assert failures == 2
+    assert len(list(tmp_path.glob("*.tar"))) == 1
+    reader.close()
 
 
 def test_each_user_has_a_cache_folder_of_ones_own(shards, monkeypatch):
