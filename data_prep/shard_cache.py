@@ -196,13 +196,14 @@ def _extent(sample: Sample) -> tuple[int, int]:
 
 
 def _open_cached(path: Path) -> int | None:
-    """An open tar of the cache, marked as being read; None where it is not there."""
+    """An open tar of the cache, marked as being read; None where it is not there or may not be opened."""
     try:
         opened = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:
         return None
     fcntl.flock(opened, fcntl.LOCK_SH)
-    os.utime(path)  # used now
+    with contextlib.suppress(OSError):  # another user's: its owner's use alone counts
+        os.utime(path)  # used now
     return opened
 
 

@@ -225,7 +225,7 @@ def sweep(uri: str) -> int:
     swept = 0
     for path in Path(normalise(uri)).glob(f"{_TEMPORARY}*"):
         host, pid, _ = path.name.removeprefix(_TEMPORARY).rsplit("-", 2)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or another user's
             gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
             if gone or time.time() - path.stat().st_mtime > _ABANDONED_S:
                 path.unlink()

@@ -217,6 +217,34 @@ def test_a_tar_that_is_being_read_is_not_evicted(shards, remote, tmp_path):
     first.close()
 
 
+def test_a_cache_that_another_user_filled_is_read(shards, as_if_remote, tmp_path, monkeypatch):
+    first = ShardReader(shards, str(tmp_path), 10**9)
+    first.prefetch([0])
+    first.close()
+
+    def not_the_owner(*_):
+        raise PermissionError("not the owner")
+
+    monkeypatch.setattr(os, "utime", not_the_owner)
+    as_if_remote.clear()
+    second = ShardReader(shards, str(tmp_path), 10**9)
+    assert second.read(0, 0) == first.read(0, 0)
+    monkeypatch.setattr(os, "open", not_the_owner)
+    assert ShardReader(shards, str(tmp_path), 10**9).read(0, 0) == second.read(0, 0)
+    assert sum(as_if_remote.values()) == 1  # what may not be opened comes as a range
+
+
+def test_a_cache_that_may_not_be_written_is_named_and_done_without(shards, as_if_remote, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    reader = ShardReader(shards, str(tmp_path / "file" / "cache"), 10**9)
+    for _ in range(2):
+        reader.prefetch([0])
+        while reader._wanted:
+            time.sleep(0.01)
+    assert reader.read(0, 0)[0]
+    assert caplog.text.count("Not a directory") == 1
+
+
 @pytest.fixture
 def as_if_remote(monkeypatch):
     """A set in a folder, read as one in an object store is; counts of the downloads and ranges by address."""
