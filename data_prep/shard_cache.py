@@ -88,10 +88,13 @@ class ShardReader:
                 self._downloads.submit(self._fetch, shard)
 
     def fetch_ahead(self, places: Iterable[tuple[int, int]]) -> None:
-        """Start to fetch the next samples (shard, number) of those tars that are not here."""
+        """Start to fetch the next samples (shard, number) of those tars that are not here; forget all others."""
         if self._local:
             return
-        for place in places:
+        wanted = list(dict.fromkeys(places))
+        for place in self._ahead.keys() - set(wanted):
+            self._ahead.pop(place).cancel()
+        for place in wanted:
             if len(self._ahead) >= _RANGES_AHEAD:
                 return
             if place not in self._ahead and self._descriptor(place[0]) is None:

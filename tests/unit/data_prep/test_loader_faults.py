@@ -300,6 +300,36 @@ def test_a_tar_that_could_not_be_had_is_asked_for_again(shards, as_if_remote, tm
     reader.close()
 
 
+@pytest.mark.parametrize("option", [{}, {"crops_per_image": 2}, {"cache_decoded_bytes": 10 * 96 * 120 * 3}])
+def test_samples_are_fetched_ahead_until_the_end_and_not_if_they_are_held(
+    shards, as_if_remote, tmp_path, monkeypatch, option
+):
+    settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path), "cache_bytes": 0, **option})
+    monkeypatch.setattr(shard_cache, "_RANGES_AHEAD", 2 * BATCH)
+    ahead, read = [], ShardReader.read
+
+    def noted(reader, shard, number):
+        ahead.append((shard, number) in reader._ahead)
+        return read(reader, shard, number)
+
+    monkeypatch.setattr(ShardReader, "read", noted)
+    batches = list(itertools.islice(PairLoader(shards.uri, settings, BATCH, BATCH, 0, 1, 0), 40))
+    assert ahead.count(True) > 0.8 * len(ahead)  # not those that were held and given up before their turn
+    ranges = sum(count for (name, *_), count in as_if_remote.items() if name == "read_range")
+    assert len(ahead) <= ranges <= len(ahead) + 2 * BATCH
+    assert len(batches) == 40
+
+
+def test_what_is_not_wanted_any_more_makes_room_for_what_is(shards, as_if_remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_RANGES_AHEAD", 2)
+    reader = ShardReader(shards, str(tmp_path), 0)
+    reader.fetch_ahead([(0, 0), (0, 0), (0, 1), (0, 2)])
+    assert list(reader._ahead) == [(0, 0), (0, 1)]
+    reader.fetch_ahead([(0, 1), (0, 2), (0, 3)])
+    assert list(reader._ahead) == [(0, 1), (0, 2)]
+    reader.close()
+
+
 def test_each_user_has_a_cache_folder_of_ones_own(shards, monkeypatch):
     ours = ShardReader(shards, None, 0)._cache
     monkeypatch.setattr(os, "getuid", lambda: 12345)
