@@ -204,6 +204,12 @@ class TrainingConfig(Settings):
     seed: int = 0
 
     @model_validator(mode="after")
+    def _something_to_learn(self) -> "TrainingConfig":
+        if self.scale == 1:  # low and high resolution would be equal
+            raise ValueError("scale 1: x1 needs a degradation, which this version does not have: use 2, 3, 4 or 8")
+        return self
+
+    @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
         given = [key for key in ("init_from", "init_weights") if getattr(self, key)]
         if self.start != "published":
@@ -385,8 +391,6 @@ def _check_evaluation(recipe: Recipe) -> None:
         raise ValueError("registry.gate.metric psnr_rgb is not measured: set evaluate.protocol.rgb=true")
     scales = [recipe.trainings[name].scale for name in recipe.final_trainings]
     for scale in scales:
-        if scale not in EVALUATION_SCALES:
-            raise ValueError(f"scale {scale} cannot be evaluated against bicubic: use one of {EVALUATION_SCALES}")
         if scales.count(scale) > 1:
             raise ValueError(
                 f"{scales.count(scale)} trainings of scale {scale} are final ({', '.join(recipe.final_trainings)}), "
