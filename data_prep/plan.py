@@ -90,7 +90,7 @@ class Plan:
                 self.num_items += 1
                 digest.update(describe(item))
                 order = _order(self.settings.seed, item.key)
-                record = (order, item.key, item.uri, item.size, item.version, item.offset)
+                record = (order, item.key, item.uri, item.size, item.version, item.offset, item.flaw)
                 files[order[0]].write(marshal.dumps(record))
         self.fingerprint = digest.hexdigest()
 

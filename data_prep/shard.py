@@ -77,11 +77,14 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
         out = _Hashing(file)
         with tarfile.open(fileobj=out, mode="w|", bufsize=2**20, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
             for item in plan.items:
+                if item.flaw:
+                    rejects.append(_reject(item, item.flaw))
+                    continue
                 data = read_item(item)
                 try:
                     entries = list(_entries(item, data, plan.settings))
                 except ValueError as error:
-                    rejects.append(Reject(key=item.key, uri=item.uri, reason=str(error)))
+                    rejects.append(_reject(item, str(error)))
                     continue
                 samples.extend(_append(tar, *entry) for entry in entries)
     info = ShardInfo(
@@ -233,6 +236,12 @@ def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple
     for number, box in enumerate(boxes(height, width, settings.sub_image_px, settings.sub_image_step_px), 1):
         crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
         yield sub_key(item.key, number), "png", to_png(crop), box.height, box.width, b""
+
+
+def _reject(item: Item, reason: str) -> Reject:
+    """The image as left out; bytes of its name that are no UTF-8 are written \\xNN, for JSON takes none."""
+    uri = item.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return Reject(key=item.key, uri=uri, reason=reason)
 
 
 def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:

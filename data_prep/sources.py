@@ -3,7 +3,8 @@
 Rules for odd files, the same for every source. Good files are never re-encoded: their bytes go to the shards as they
 are. What decides is the content, not the name: a PNG called .JPEG is read as PNG and keeps its name. Gray, palette
 and CMYK images are good and become RGB when they are read (see `image`). EXIF rotation is not applied. Files that do
-not decode to their end and images smaller than `min_side_px` are rejected with the reason (see `shard`).
+not decode to their end, images smaller than `min_side_px` and links to nothing are rejected with the reason (see
+`shard`). A name may be any bytes, as on a disk.
 """
 
 import fnmatch
@@ -22,7 +23,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from data_prep.image import EXTENSIONS
-from data_prep.storage import FileInfo, file_info, is_local, iter_files, normalise, read_bytes, read_range
+from data_prep.storage import DANGLING, FileInfo, file_info, is_local, iter_files, normalise, read_bytes, read_range
 from data_prep.tar_source import iter_members
 
 PHOTOGRAPHS = "photographs:"
@@ -52,6 +53,7 @@ class Item:
 
     `key` names it in the shards and leads back to it: unquoted, it is the path below the source. `size` is in
     bytes; `version` changes with the content. `offset` is where it begins in the tar at `uri`, None for a plain file.
+    `flaw` is the reason to reject an image that need not be read for it.
     """
 
     key: str
@@ -59,6 +61,7 @@ class Item:
     size: int
     version: str
     offset: int | None = None
+    flaw: str = ""
 
     @property
     def ext(self) -> str:
@@ -111,11 +114,12 @@ def describe(item: Item) -> bytes:
 
 
 def key_of(path: str) -> str:
-    """A WebDataset key for a relative path; `urllib.parse.unquote` gives the path back.
+    """A WebDataset key for a relative path; `urllib.parse.unquote` gives the path back (bytes that are no UTF-8 with
+    errors="surrogateescape").
 
     WebDataset ends a key at the base name's first dot, and skips names between double underscores.
     """
-    return re.sub("_(?=_)", "%5F", quote(path, safe="/").replace(".", "%2E"))
+    return re.sub("_(?=_)", "%5F", quote(path, safe="/", errors="surrogateescape").replace(".", "%2E"))
 
 
 def _named(source: str) -> Iterable[tuple[str, Item]]:
@@ -138,7 +142,8 @@ def _stored(source: str) -> Iterator[tuple[str, Item]]:
         raise ValueError(f"{place}: it is a file, no .tar or .txt; name its folder")
     for info in iter_files(source):
         if _is_image(info.path):
-            yield info.path, Item(key_of(info.path), info.uri, info.size, info.version)
+            flaw = DANGLING if info.version == DANGLING else ""
+            yield info.path, Item(key_of(info.path), info.uri, info.size, info.version, flaw=flaw)
 
 
 def _in_tar(source: str) -> Iterator[tuple[str, Item]]:
@@ -167,7 +172,7 @@ def _listed(source: str) -> Iterator[tuple[str, Item]]:
 def _lines(source: str) -> Iterator[tuple[str, str]]:
     """(as it is written, URI) of every entry of a list. Raises ValueError for a list in a list."""
     folder = normalise(source).rpartition("/")[0]
-    for line in read_bytes(source).decode("utf-8-sig").splitlines():
+    for line in read_bytes(source).decode("utf-8-sig", "surrogateescape").splitlines():
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue

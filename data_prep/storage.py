@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 __all__ = [
+    "DANGLING",
     "DamageError",
     "FileInfo",
     "StorageError",
@@ -56,6 +57,7 @@ __all__ = [
     "writing",
 ]
 
+DANGLING = "a link to nothing"
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
 _BLOCK_BYTES = 2**20
@@ -76,7 +78,8 @@ _REMEDIES = {
 class FileInfo:
     """One listed file: `path` relative to the listed folder, `size` in bytes.
 
-    `version` changes with the content: the ETag in an object store, the modification time in ns on a disk.
+    `version` changes with the content: the ETag in an object store, the modification time in ns on a disk,
+    DANGLING for a link to nothing.
     """
 
     path: str
@@ -357,6 +360,9 @@ def _walk(root: str, below: str) -> Iterator[FileInfo]:
         if entry.is_dir():
             yield from _walk(root, path)
         elif not entry.name.startswith(_TEMPORARY):
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                yield FileInfo(path, os.path.join(root, path), 0, DANGLING)
+                continue
             with _naming(entry.path):
                 status = os.stat(entry.path)
             yield FileInfo(path, os.path.join(root, path), status.st_size, str(status.st_mtime_ns))

@@ -1,6 +1,7 @@
 """Sources of images: folders, the shipped photographs, globs, and keys that WebDataset keeps apart."""
 
 import importlib.util
+import os
 import tarfile
 import threading
 from urllib.parse import unquote
@@ -13,7 +14,7 @@ from webdataset.tariterators import base_plus_ext
 from data_prep import sources
 from data_prep.image import decode
 from data_prep.sources import fingerprint, key_of, list_items, read_item
-from data_prep.storage import StorageError, read_bytes
+from data_prep.storage import StorageError, read_bytes, write_bytes
 from tests.shared_data import shared
 
 
@@ -41,6 +42,18 @@ def test_keys_are_unique_reversible_and_webdataset_splits_them_right(paths):
         if not key.endswith("/"):
             assert base_plus_ext(f"{key}.jpg") == (key, "jpg")
             assert "__" not in key
+
+
+def test_a_name_that_is_no_utf8_is_listed_and_read_and_leads_back(tmp_path):
+    folder, path = str(tmp_path / "images"), os.fsdecode(b"caf\xe9.jpg")
+    write_bytes(f"{folder}/{path}", b"latin")
+    (tmp_path / "list.txt").write_bytes(b"images/caf\xe9.jpg\n")
+    for source in (folder, str(tmp_path / "list.txt")):
+        [item] = list_items(source)
+        assert unquote(item.key, errors="surrogateescape").endswith(path)
+        assert item.ext == "jpg"
+        assert read_item(item) == b"latin"
+    assert key_of(path) == "caf%E9%2Ejpg" != key_of("café.jpg")
 
 
 @pytest.mark.parametrize(

@@ -177,15 +177,15 @@ def test_new_files_have_the_usual_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_links_are_followed_and_a_dangling_one_is_named(tmp_path):
+def test_links_are_followed_and_a_dangling_one_is_marked(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "image").write_bytes(b"x")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "data")
     assert [info.path for info in storage.list_files(str(tmp_path / "root"))] == ["linked/image"]
     (tmp_path / "root" / "dangling").symlink_to(tmp_path / "gone")
-    with pytest.raises(StorageError, match="root/dangling: it does not exist"):
-        storage.list_files(str(tmp_path / "root"))
+    found = [(info.path, info.version == storage.DANGLING) for info in storage.list_files(str(tmp_path / "root"))]
+    assert found == [("dangling", True), ("linked/image", False)]
 
 
 @pytest.mark.parametrize("deeper", ["x", "x/y"])
