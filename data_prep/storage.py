@@ -46,7 +46,6 @@ __all__ = [
     "join",
     "list_files",
     "normalise",
-    "open_seekable",
     "put_if_absent",
     "read_bytes",
     "read_range",
@@ -166,12 +165,6 @@ def file_info(uri: str) -> FileInfo:
             return FileInfo(os.path.basename(place), place, status.st_size, str(status.st_mtime_ns))
         size, tag = s3.head(place)
     return FileInfo(place.rpartition("/")[2], place, size, tag)
-
-
-def open_seekable(uri: str) -> BinaryIO:
-    """An open file for reading here and there; of an object just what is read is fetched."""
-    with _naming(uri):
-        return open(normalise(uri), "rb") if is_local(uri) else s3.open_seekable(uri)
 
 
 def upload(local: str | os.PathLike[str], uri: str) -> None:
