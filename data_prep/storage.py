@@ -308,6 +308,8 @@ def _naming(uri: str) -> Iterator[None]:
         kind = DamageError if error.errno == errno.ENOENT else StorageError
         raise kind(f"{normalise(uri)}: {remedy}") from error
     except ValueError as error:  # botocore's word for an endpoint that is no URL
+        if is_local(uri):  # somebody else's: of whoever writes to a file, say
+            raise
         raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
 
 

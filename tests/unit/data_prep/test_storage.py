@@ -270,6 +270,18 @@ def test_an_endpoint_that_is_no_url_is_explained(monkeypatch):
     assert "Invalid endpoint: localhost; check AWS_ENDPOINT_URL" in message
 
 
+def test_an_error_of_whoever_writes_stays_what_it_is(root):
+    def fail():
+        with storage.writing(join(root, "x")) as file:
+            file.write(b"half")
+            raise ValueError("not mine")
+
+    with pytest.raises(ValueError, match=r"^not mine$") as caught:
+        fail()
+    assert not isinstance(caught.value, StorageError)
+    assert not storage.exists(join(root, "x"))
+
+
 def test_absent_credentials_are_explained(monkeypatch):
     for name in CREDENTIALS:
         monkeypatch.delenv(name, raising=False)
