@@ -19,7 +19,7 @@ from types import TracebackType
 from data_prep.index import ShardSettings
 from data_prep.sources import Item, describe, fingerprint
 
-_FORMAT = 2  # part of a plan's digest: raise it when the tars' layout changes
+_FORMAT = 3  # part of a plan's digest: raise it when the tars' layout changes, or which images are rejected
 _BUCKETS = 256  # by the hash's first byte
 _PREFIX = "hatchery-plan-"
 

@@ -172,7 +172,7 @@ def test_odd_files_by_the_stated_rules(tmp_path, ray_local):
     source, bad = tmp_path / "odd", bad_files()
     for name, data in good_files().items() | {name: data for name, (data, _) in bad.items()}.items():
         storage.write_bytes(str(source / name), data)
-    result = make_shards(str(source), str(tmp_path / "set"), ShardSettings(max_reject_share=0.6))
+    result = make_shards(str(source), str(tmp_path / "set"), ShardSettings(max_reject_share=0.7))
     tar = storage.read_bytes(result.tar_uri(0))
     assert {
         unquote(sample.key): tar[sample.offset : sample.offset + sample.size] for sample in result.samples(0)
