@@ -223,16 +223,13 @@ def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple
 
     Raises ValueError with the reason to reject it.
     """
-    if settings.sub_image_px is None:
-        height, width, seek = check(data)
-    else:
-        pixels = decode(data)
-        height, width = pixels.shape[:2]
+    height, width, seek = check(data)
     if min(height, width) < settings.min_side_px:
         raise ValueError(f"{width}x{height} pixels: a side is below min_side_px={settings.min_side_px}")
     if settings.sub_image_px is None:
         yield item.key, item.ext, data, height, width, seek
         return
+    pixels = decode(data)
     for number, box in enumerate(boxes(height, width, settings.sub_image_px, settings.sub_image_step_px), 1):
         crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
         yield sub_key(item.key, number), "png", to_png(crop), box.height, box.width, b""
