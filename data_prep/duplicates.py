@@ -24,13 +24,17 @@ _AT_ONCE = 16  # reads of a task that wait for the storage side by side
 
 def find_duplicates(plan: Plan) -> dict[str, str]:
     """The keys of the items to drop, each with the key of the equal item that stays. Ray must be initialised."""
-    sizes = np.fromiter((item.size for item in plan.items()), np.int64, plan.num_items)
-    alike = (item for item, twin in zip(plan.items(), _has_twin(sizes), strict=True) if twin)
+    sizes = np.fromiter((item.size for item in _readable(plan)), np.int64)
+    alike = (item for item, twin in zip(_readable(plan), _has_twin(sizes), strict=True) if twin)
     probes = np.concatenate([np.empty(0, np.uint64), *in_order(probe, _batches(alike))])
     twins = iter(_has_twin(probes))
     by_size = iter(_has_twin(sizes))
-    candidates = (item for item in plan.items() if next(by_size) and next(twins))
+    candidates = (item for item in _readable(plan) if next(by_size) and next(twins))
     return same_bytes(candidates)
+
+
+def _readable(plan: Plan) -> Iterator[Item]:
+    return (item for item in plan.items() if not item.flaw)
 
 
 def same_bytes(candidates: Iterable[Item]) -> dict[str, str]:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep import jpeg, jpeg_header
+from data_prep import jpeg, jpeg_header, jpeg_scans
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
 
+_DAMAGED = "cannot be decoded: the compressed data is damaged or cut off"
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
@@ -77,21 +78,26 @@ def check(data: bytes) -> tuple[int, int, bytes]:
     Raises ValueError with the reason where it does not.
 
     A JPEG's compressed data is parsed to its last block: libjpeg, and so Pillow, shows a file with a damaged or
-    cut-off tail as a good one with gray below.
+    cut-off tail as a good one with gray below. Found so is a tail that is missing, zeros or other bytes, in all
+    Huffman-coded files of 8 bits; see `jpeg_scans.is_whole` for what may pass. The rare others (arithmetic coding,
+    lossless) are good where Pillow decodes them. Files of other formats have checksums or an end that Pillow checks.
     """
     header = jpeg_header.parse(data)
     if header:
         if (seek := jpeg.seek_points(data, header)) is None:
-            raise ValueError("cannot be decoded: the compressed data is damaged or cut off")
+            raise ValueError(_DAMAGED)
         return header.height, header.width, seek
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode == "F":
                 raise ValueError("float pixels have no fixed range; convert the file to 8 or 16 bits")
             image.load()
-            return image.height, image.width, b""
+            height, width = image.height, image.width
     except _BROKEN as error:
         raise ValueError(f"cannot be decoded: {' '.join(str(error).split())}") from error
+    if jpeg_scans.is_whole(data) is False:
+        raise ValueError(_DAMAGED)
+    return height, width, b""
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

@@ -183,7 +183,7 @@ def read_shard_set(uri: str) -> ShardSet:
     """The set of shards at `uri`. Raises StorageError where there is none, or another program's."""
     index_uri = join(uri, INDEX_NAME)
     if not exists(index_uri):
-        raise StorageError(f"{index_uri}: there is no complete set of shards; make it with `hatchery shards`")
+        raise StorageError(f"{index_uri}: there is no complete set of shards; make it with `hatchery shards make`")
     try:
         return ShardSet(uri, ShardIndex.model_validate_json(read_bytes(index_uri)))
     except ValidationError as error:

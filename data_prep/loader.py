@@ -67,6 +67,11 @@ class _Crop(NamedTuple):
     place: Position
     number: int
 
+    @property
+    def where(self) -> tuple[int, int]:
+        """(shard, sample) in the set."""
+        return self.place.shard, self.place.sample
+
 
 class _Turns(NamedTuple):
     """Which samples fall to a rank: its turns q = 0, 1, 2, ..., `micro_batch` to a micro-batch, empty ones included."""
@@ -122,8 +127,8 @@ class _Shares(IterableDataset[_Share]):
                 while len(ahead) < _PREFETCH_BATCHES:
                     ahead.append(self._crops(order, worker, num_workers, number + len(ahead)))
                 reader.prefetch(crop.place.shard for crops in ahead for crop in crops)
-                soon = itertools.islice(ahead, _FETCH_BATCHES)
-                reader.fetch_ahead((crop.place.shard, crop.place.sample) for crops in soon for crop in crops)
+                soon = [crop.where for crops in itertools.islice(ahead, _FETCH_BATCHES) for crop in crops]
+                reader.fetch_ahead(where for where in soon if not images.holds(*where))
                 yield self._share([images.pair(crop) for crop in ahead.popleft()])
                 number += 1
         finally:
@@ -164,9 +169,13 @@ class _Images:
         key, picture = self._picture(crop)
         return key, make_pair(picture, key, crop.place.epoch, self._settings, crop.number)
 
+    def holds(self, shard: int, number: int) -> bool:
+        """Whether the sample's picture is here and need not be read."""
+        return (shard, number) in self._due or (shard, number) in self._kept
+
     def _picture(self, crop: _Crop) -> tuple[str, Picture]:
         """The key and the picture; of several crops, the last one releases it."""
-        crops, place = self._settings.crops_per_image, (crop.place.shard, crop.place.sample)
+        crops, place = self._settings.crops_per_image, crop.where
         if crops == 1:
             return self._sound(*place)
         if place not in self._due:

@@ -30,7 +30,9 @@ class PairSettings(BaseModel):
     crops_per_image: int = Field(1, ge=1, description="crops of each image per epoch, for one decoding")
     on_damage: OnDamage = Field("stop", description="skip: a damaged sample's neighbour takes its place, and is named")
     cache_decoded_bytes: int = Field(0, ge=0, description="decoded images kept per reader; 0 keeps none")
-    cache_dir: str | None = Field(None, description="local folder for shards from S3; default: the temporary folder")
+    cache_dir: str | None = Field(
+        None, description="local folder for shards from S3; default: the user's, in the temporary folder"
+    )
     cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the least recently used shards go")
 
     @property

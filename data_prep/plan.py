@@ -19,7 +19,7 @@ from types import TracebackType
 from data_prep.index import ShardSettings
 from data_prep.sources import Item, describe, fingerprint
 
-_FORMAT = 2  # part of a plan's digest: raise it when the tars' layout changes
+_FORMAT = 3  # part of a plan's digest: raise it when the tars' layout changes, or which images are rejected
 _BUCKETS = 256  # by the hash's first byte
 _PREFIX = "hatchery-plan-"
 
@@ -71,12 +71,16 @@ class Plan:
                 while (record := _load(file)) is not None:
                     records.append(record)
             records.sort()
-            previous = b""
-            for order, *fields in records:
-                if order == previous:
-                    raise ValueError(f"two images have the key {fields[0]}; exclude one of them from the source")
-                previous = order
-                yield Item(*fields)
+            before: Item | None = None
+            for _, *fields in records:
+                item = Item(*fields)
+                if before and item.key == before.key:
+                    raise ValueError(
+                        f"two images have the key {item.key}: {_place(before)} and {_place(item)}; a list may name an "
+                        f"image once, and a tar hold a path once: make it anew without the other"
+                    )
+                before = item
+                yield item
 
     def shards(self, without: Container[str] = ()) -> Iterator[ShardPlan]:
         """The shards, in order, without the items of some keys."""
@@ -90,7 +94,7 @@ class Plan:
                 self.num_items += 1
                 digest.update(describe(item))
                 order = _order(self.settings.seed, item.key)
-                record = (order, item.key, item.uri, item.size, item.version, item.offset)
+                record = (order, item.key, item.uri, item.size, item.version, item.offset, item.flaw)
                 files[order[0]].write(marshal.dumps(record))
         self.fingerprint = digest.hexdigest()
 
@@ -121,6 +125,10 @@ def _sweep() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
         if not Path(f"/proc/{folder.name.removeprefix(_PREFIX).split('-')[0]}").exists():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(item: Item) -> str:
+    return item.uri if item.offset is None else f"byte {item.offset} of {item.uri}"
 
 
 def _order(seed: int, key: str) -> bytes:

@@ -212,14 +212,6 @@ def head(uri: str) -> tuple[int, str]:
     return answer["ContentLength"], answer["ETag"].strip('"')
 
 
-def open_seekable(uri: str) -> BinaryIO:
-    """The object as a file, by s3fs: each read fetches what it asks for and nothing more."""
-    import s3fs  # slow to import, and only listing the inside of tars needs it
-
-    files = s3fs.S3FileSystem(endpoint_url=endpoint(), default_cache_type="none", use_listings_cache=False)
-    return files.open(uri.removeprefix("s3://"), "rb")
-
-
 def objects(uri: str) -> Iterator[tuple[str, int, str]]:
     """(key below the prefix, size, ETag) of every object below `uri`, in the server's order."""
     bucket, prefix = split_s3(uri)

@@ -77,11 +77,14 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
         out = _Hashing(file)
         with tarfile.open(fileobj=out, mode="w|", bufsize=2**20, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
             for item in plan.items:
+                if item.flaw:
+                    rejects.append(_reject(item, item.flaw))
+                    continue
                 data = read_item(item)
                 try:
                     entries = list(_entries(item, data, plan.settings))
                 except ValueError as error:
-                    rejects.append(Reject(key=item.key, uri=item.uri, reason=str(error)))
+                    rejects.append(_reject(item, str(error)))
                     continue
                 samples.extend(_append(tar, *entry) for entry in entries)
     info = ShardInfo(
@@ -220,19 +223,22 @@ def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple
 
     Raises ValueError with the reason to reject it.
     """
-    if settings.sub_image_px is None:
-        height, width, seek = check(data)
-    else:
-        pixels = decode(data)
-        height, width = pixels.shape[:2]
+    height, width, seek = check(data)
     if min(height, width) < settings.min_side_px:
         raise ValueError(f"{width}x{height} pixels: a side is below min_side_px={settings.min_side_px}")
     if settings.sub_image_px is None:
         yield item.key, item.ext, data, height, width, seek
         return
+    pixels = decode(data)
     for number, box in enumerate(boxes(height, width, settings.sub_image_px, settings.sub_image_step_px), 1):
         crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
         yield sub_key(item.key, number), "png", to_png(crop), box.height, box.width, b""
+
+
+def _reject(item: Item, reason: str) -> Reject:
+    """The image as left out; bytes of its name that are no UTF-8 are written \\xNN, for JSON takes none."""
+    uri = item.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return Reject(key=item.key, uri=uri, reason=reason)
 
 
 def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import tempfile
 import time
@@ -27,8 +28,14 @@ _QUEUED = 4  # tars asked for and not there; more are asked for when these have 
 _RANGES = 8  # samples at once
 _RANGES_AHEAD = 64  # samples in memory that nobody has read yet
 _FULL_S = 30.0  # how long a full cache is not asked again
+_FAILED_S = 30.0  # how long a tar that could not be fetched is not asked for again; a damaged one never is
 
 _log = logging.getLogger(__name__)
+
+
+def default_cache() -> str:
+    """The user's own cache folder on this node."""
+    return os.path.join(tempfile.gettempdir(), f"hatchery-cache-{os.getuid()}")
 
 
 class ShardReader:
@@ -37,11 +44,12 @@ class ShardReader:
     def __init__(self, shard_set: ShardSet, cache_dir: str | None, cache_bytes: int) -> None:
         self._set = shard_set
         self._local = is_local(shard_set.uri)
-        self._cache = Path(cache_dir or os.path.join(tempfile.gettempdir(), "hatchery-shards"))
+        self._cache = Path(cache_dir or default_cache())
         self._cache_bytes = cache_bytes
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recent last
         self._wanted: set[int] = set()
         self._full_until = 0.0
+        self._failed_until: dict[int, float] = {}
         self._ahead: dict[tuple[int, int], Future[bytes]] = {}
         self._downloads = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="shard-download")
         self._ranges = ThreadPoolExecutor(_RANGES, thread_name_prefix="sample-range")
@@ -71,16 +79,22 @@ class ShardReader:
         """Start to download shards that will be read soon, as far as the queue has room."""
         if self._local or time.monotonic() < self._full_until:
             return
+        now = time.monotonic()
         for shard in shards:
-            if len(self._wanted) < _QUEUED and shard not in self._wanted and shard not in self._files:
+            if shard in self._wanted or shard in self._files or now < self._failed_until.get(shard, 0.0):
+                continue
+            if len(self._wanted) < _QUEUED:
                 self._wanted.add(shard)
                 self._downloads.submit(self._fetch, shard)
 
     def fetch_ahead(self, places: Iterable[tuple[int, int]]) -> None:
-        """Start to fetch the next samples (shard, number) of those tars that are not here."""
+        """Start to fetch the next samples (shard, number) of those tars that are not here; forget all others."""
         if self._local:
             return
-        for place in places:
+        wanted = list(dict.fromkeys(places))
+        for place in self._ahead.keys() - set(wanted):
+            self._ahead.pop(place).cancel()
+        for place in wanted:
             if len(self._ahead) >= _RANGES_AHEAD:
                 return
             if place not in self._ahead and self._descriptor(place[0]) is None:
@@ -126,13 +140,19 @@ class ShardReader:
         return self._cache / f"{self._set.shards[shard].sha256}.tar"
 
     def _fetch(self, shard: int) -> None:
-        """Download a shard unless it is there. Its samples are read as ranges, and judged one by one, if this fails."""
+        """Download a shard unless it is there.
+
+        If this fails its samples are read as ranges, and judged one by one.
+        """
         try:
             with _locked(self._path(shard).with_suffix(".lock")):
                 if not self._path(shard).exists():
                     self._download(shard)
-        except StorageError as error:
-            _log.warning("%s; its samples are read one by one", error)
+        except (StorageError, OSError) as error:
+            if shard not in self._failed_until:
+                _log.warning("%s; its samples are read one by one", error)
+            again_s = math.inf if isinstance(error, DamageError) else _FAILED_S
+            self._failed_until[shard] = time.monotonic() + again_s
         finally:
             self._wanted.discard(shard)
 
@@ -179,13 +199,14 @@ def _extent(sample: Sample) -> tuple[int, int]:
 
 
 def _open_cached(path: Path) -> int | None:
-    """An open tar of the cache, marked as being read; None where it is not there."""
+    """An open tar of the cache, marked as being read; None where it is not there or may not be opened."""
     try:
         opened = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError:
         return None
     fcntl.flock(opened, fcntl.LOCK_SH)
-    os.utime(path)  # used now
+    with contextlib.suppress(OSError):  # another user's: its owner's use alone counts
+        os.utime(path)  # used now
     return opened
 
 

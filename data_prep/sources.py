@@ -3,7 +3,8 @@
 Rules for odd files, the same for every source. Good files are never re-encoded: their bytes go to the shards as they
 are. What decides is the content, not the name: a PNG called .JPEG is read as PNG and keeps its name. Gray, palette
 and CMYK images are good and become RGB when they are read (see `image`). EXIF rotation is not applied. Files that do
-not decode to their end and images smaller than `min_side_px` are rejected with the reason (see `shard`).
+not decode to their end, images smaller than `min_side_px` and links to nothing are rejected with the reason (see
+`shard`). A name may be any bytes, as on a disk.
 """
 
 import fnmatch
@@ -11,18 +12,23 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote, unquote
 
 from data_prep.image import EXTENSIONS
-from data_prep.storage import file_info, iter_files, normalise, read_bytes, read_range
+from data_prep.storage import DANGLING, FileInfo, file_info, is_local, iter_files, normalise, read_bytes, read_range
 from data_prep.tar_source import iter_members
 
 PHOTOGRAPHS = "photographs:"
+_AT_ONCE = 16  # looks at listed images that wait for the storage side by side
+_LOOKED_AHEAD = 1024  # lines of a list
 
 # package to install, module, folder in it, files: photographs only, no charts, drawings, texts or near-duplicates
 _SHIPPED = (
@@ -47,6 +53,7 @@ class Item:
 
     `key` names it in the shards and leads back to it: unquoted, it is the path below the source. `size` is in
     bytes; `version` changes with the content. `offset` is where it begins in the tar at `uri`, None for a plain file.
+    `flaw` is the reason to reject an image that need not be read for it.
     """
 
     key: str
@@ -54,6 +61,7 @@ class Item:
     size: int
     version: str
     offset: int | None = None
+    flaw: str = ""
 
     @property
     def ext(self) -> str:
@@ -72,7 +80,8 @@ def iter_items(source: str, include: Sequence[str] = (), exclude: Sequence[str] 
     `source` is a folder, an `s3://` prefix, a `.tar` (of images, or of class tars), a `.txt` with a source or an
     image in each line, or "photographs:". `include` and `exclude` are globs on the path below the source or on the
     bare file name, on the path alone where they begin with "/"; without `include` every image is taken. Raises
-    ValueError where no image is left.
+    ValueError where no image is left or a line of a list names none, StorageError (a ValueError) where a source does
+    not exist.
     """
     seen = taken = 0
     for path, item in _named(source):
@@ -106,11 +115,12 @@ def describe(item: Item) -> bytes:
 
 
 def key_of(path: str) -> str:
-    """A WebDataset key for a relative path; `urllib.parse.unquote` gives the path back.
+    """A WebDataset key for a relative path; `urllib.parse.unquote` gives the path back (bytes that are no UTF-8 with
+    errors="surrogateescape").
 
     WebDataset ends a key at the base name's first dot, and skips names between double underscores.
     """
-    return re.sub("_(?=_)", "%5F", quote(path, safe="/").replace(".", "%2E"))
+    return re.sub("_(?=_)", "%5F", quote(path, safe="/", errors="surrogateescape").replace(".", "%2E"))
 
 
 def _named(source: str) -> Iterable[tuple[str, Item]]:
@@ -128,9 +138,13 @@ def _is_image(path: str) -> bool:
 
 def _stored(source: str) -> Iterator[tuple[str, Item]]:
     """The image files below a folder or prefix."""
+    if is_local(source) and not os.path.isdir(normalise(source)):
+        place = file_info(source).uri  # or StorageError: it does not exist
+        raise ValueError(f"{place}: it is a file, no .tar or .txt; name its folder")
     for info in iter_files(source):
         if _is_image(info.path):
-            yield info.path, Item(key_of(info.path), info.uri, info.size, info.version)
+            flaw = DANGLING if info.version == DANGLING else ""
+            yield info.path, Item(key_of(info.path), info.uri, info.size, info.version, flaw=flaw)
 
 
 def _in_tar(source: str) -> Iterator[tuple[str, Item]]:
@@ -144,21 +158,43 @@ def _in_tar(source: str) -> Iterator[tuple[str, Item]]:
 
 def _listed(source: str) -> Iterator[tuple[str, Item]]:
     """The images that a list names, by whole address; a relative line is below the list's folder, # is a comment."""
+    lines = _lines(source)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        while batch := list(islice(lines, _LOOKED_AHEAD)):
+            for (entry, uri), info in zip(batch, pool.map(lambda line: _image_info(line[1]), batch), strict=True):
+                found = False
+                for path, item in _of_line(uri, info):
+                    found = True
+                    yield path, item
+                if not found:
+                    raise ValueError(f"{source}: it lists {entry}, which holds no image; correct or remove the line")
+
+
+def _lines(source: str) -> Iterator[tuple[str, str]]:
+    """(as it is written, URI) of every entry of a list. Raises ValueError for a list in a list."""
     folder = normalise(source).rpartition("/")[0]
-    for line in read_bytes(source).decode().splitlines():
+    for line in read_bytes(source).decode("utf-8-sig", "surrogateescape").splitlines():
         entry = line.strip()
         if not entry or entry.startswith("#"):
             continue
         if entry.lower().endswith(".txt"):
             raise ValueError(f"{source}: it lists {entry}, another list; name its lines here")
-        uri = normalise(entry if "://" in entry or entry.startswith(("/", "~")) else f"{folder}/{entry}")
-        base = uri.removeprefix("s3://").lstrip("/")
-        if _is_image(uri):
-            info = file_info(uri)
-            yield base, Item(key_of(base), uri, info.size, info.version)
-            continue
-        for path, item in _named(uri):
-            yield f"{base}/{path}", replace(item, key=f"{key_of(base)}/{item.key}")
+        yield entry, normalise(entry if "://" in entry or entry.startswith(("/", "~")) else f"{folder}/{entry}")
+
+
+def _image_info(uri: str) -> FileInfo | None:
+    """Size and version of a listed image; None for a folder or tar."""
+    return file_info(uri) if _is_image(uri) else None
+
+
+def _of_line(uri: str, info: FileInfo | None) -> Iterator[tuple[str, Item]]:
+    """(path, item) of the images of a list's line."""
+    base = uri.removeprefix("s3://").lstrip("/")
+    if info:
+        yield base, Item(key_of(base), uri, info.size, info.version)
+        return
+    for path, item in _named(uri):
+        yield f"{base}/{path}", replace(item, key=f"{key_of(base)}/{item.key}")
 
 
 def _photographs() -> list[tuple[str, Item]]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 __all__ = [
+    "DANGLING",
     "DamageError",
     "FileInfo",
     "StorageError",
@@ -47,7 +48,6 @@ __all__ = [
     "list_files",
     "may_pass",
     "normalise",
-    "open_seekable",
     "owned",
     "put_if_absent",
     "read_bytes",
@@ -59,6 +59,7 @@ __all__ = [
     "writing",
 ]
 
+DANGLING = "a link to nothing"
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
 _BLOCK_BYTES = 2**20
@@ -79,7 +80,8 @@ _REMEDIES = {
 class FileInfo:
     """One listed file: `path` relative to the listed folder, `size` in bytes.
 
-    `version` changes with the content: the ETag in an object store, the modification time in ns on a disk.
+    `version` changes with the content: the ETag in an object store, the modification time in ns on a disk,
+    DANGLING for a link to nothing.
     """
 
     path: str
@@ -168,12 +170,6 @@ def file_info(uri: str) -> FileInfo:
     return FileInfo(place.rpartition("/")[2], place, size, tag)
 
 
-def open_seekable(uri: str) -> BinaryIO:
-    """An open file for reading here and there; of an object just what is read is fetched."""
-    with _naming(uri):
-        return open(normalise(uri), "rb") if is_local(uri) else s3.open_seekable(uri)
-
-
 def upload(local: str | os.PathLike[str], uri: str) -> None:
     """Copy a local file to `uri`."""
     with _naming(os.fspath(local)):
@@ -227,7 +223,7 @@ def sweep(uri: str) -> int:
         return 0
     swept = 0
     for path in Path(normalise(uri)).glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or another user's
             if is_abandoned(path, _TEMPORARY):
                 path.unlink()
                 swept += 1
@@ -336,6 +332,8 @@ def _naming(uri: str) -> Iterator[None]:
         kind = DamageError if error.errno == errno.ENOENT else StorageError
         raise kind(f"{normalise(uri)}: {remedy}") from error
     except ValueError as error:  # botocore's word for an endpoint that is no URL
+        if is_local(uri):  # somebody else's: of whoever writes to a file, say
+            raise
         raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
 
 
@@ -381,6 +379,9 @@ def _walk(root: str, below: str) -> Iterator[FileInfo]:
         if entry.is_dir():
             yield from _walk(root, path)
         elif not entry.name.startswith(_TEMPORARY):
+            if entry.is_symlink() and not os.path.exists(entry.path):
+                yield FileInfo(path, os.path.join(root, path), 0, DANGLING)
+                continue
             with _naming(entry.path):
                 status = os.stat(entry.path)
             yield FileInfo(path, os.path.join(root, path), status.st_size, str(status.st_mtime_ns))

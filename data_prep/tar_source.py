@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import BinaryIO
 
-from data_prep.storage import DamageError, file_info, is_local, open_seekable
+from data_prep.storage import DamageError, file_info, is_local, read_range
 
 _AT_ONCE = 16
 
@@ -33,8 +32,8 @@ def iter_members(uri: str) -> Iterator[Member]:
     """
     end = file_info(uri).size
     at_once = 1 if is_local(uri) else _AT_ONCE
-    with ThreadPoolExecutor(at_once) as pool, open_seekable(uri) as file:
-        outer = _headers(uri, file, 0, end)
+    with ThreadPoolExecutor(at_once) as pool:
+        outer = _headers(uri, uri, 0, end)
         while batch := list(islice(outer, at_once)):
             for found in pool.map(lambda member: _inside(uri, member), batch):
                 yield from found
@@ -45,15 +44,14 @@ def _inside(uri: str, member: Member) -> list[Member]:
     if not member.path.lower().endswith(".tar"):
         return [member]
     folder = member.path[: -len(".tar")]
-    with open_seekable(uri) as file:
-        found = _headers(f"{uri}: {member.path}", file, member.offset, member.offset + member.size)
-        return [Member(f"{folder}/{inner.path}", inner.offset, inner.size) for inner in found]
+    found = _headers(f"{uri}: {member.path}", uri, member.offset, member.offset + member.size)
+    return [Member(f"{folder}/{inner.path}", inner.offset, inner.size) for inner in found]
 
 
-def _headers(name: str, file: BinaryIO, start: int, end: int) -> Iterator[Member]:
-    """The regular files of the tar that lies at start..end of `file`. Raises DamageError where it breaks off."""
+def _headers(name: str, uri: str, start: int, end: int) -> Iterator[Member]:
+    """The regular files of the tar that lies at start..end of `uri`. Raises DamageError where it breaks off."""
     try:
-        with tarfile.open(fileobj=_Part(file, start, end), mode="r:") as tar:
+        with tarfile.open(fileobj=_Part(uri, start, end), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                 if start + member.offset_data + member.size > end:
@@ -65,10 +63,10 @@ def _headers(name: str, file: BinaryIO, start: int, end: int) -> Iterator[Member
 
 
 class _Part(io.RawIOBase):
-    """Bytes start..end of a file as a file."""
+    """Bytes start..end of `uri` as a file; just what is read is fetched."""
 
-    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
-        self._file, self._start, self._end, self._at = file, start, end, 0
+    def __init__(self, uri: str, start: int, end: int) -> None:
+        self._uri, self._start, self._end, self._at = uri, start, end, 0
 
     def readable(self) -> bool:
         return True
@@ -86,8 +84,7 @@ class _Part(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         wanted = max(0, min(len(buffer), self._end - self._start - self._at))
-        self._file.seek(self._start + self._at)
-        data = self._file.read(wanted)
+        data = read_range(self._uri, self._start + self._at, wanted)
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)

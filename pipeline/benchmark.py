@@ -1,7 +1,7 @@
 """Benchmark sets: which images they hold, and each as a pair of low and high resolution, by the published protocol.
 
 Ground truth is cut to a multiple of the scale. Low-resolution images are the set's published ones where it has
-them (LR_bicubic/X2 ..., LRbicx2 ...), else MATLAB-exact bicubic on uint8.
+them (LR_bicubic/X2 ..., LRbicx2 ...), else MATLAB-exact bicubic, as the published ones were made.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep import sources
-from data_prep.bicubic import imresize
+from data_prep.bicubic import imresize, to_uint8
 from data_prep.image import decode
 from data_prep.sources import Item
 from pipeline.settings import Settings
@@ -132,7 +132,7 @@ def read_pair(image: BenchmarkImage, scale: int) -> Pair:
     height, width = (side // scale * scale for side in high_res.shape[:2])
     high_res = high_res[:height, :width]
     if image.low_res is None:
-        return Pair(imresize(high_res, 1 / scale), high_res, _digest(data))
+        return Pair(shrink_bicubic(high_res, scale), high_res, _digest(data))
     low_data = sources.read_item(image.low_res)
     low_res = _decode(low_data, image.low_res)
     expected = (height // scale, width // scale)
@@ -154,6 +154,13 @@ def _decode(data: bytes, item: Item) -> np.ndarray:
 
 def _digest(*contents: bytes) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in contents)).hexdigest()[:16]
+
+
+def shrink_bicubic(high_res: np.ndarray, scale: int) -> np.ndarray:
+    """What the published low-resolution files hold: x8 rounded once, the others between the passes too. uint8 HxWx3."""
+    if scale == 8:
+        return to_uint8(imresize(high_res, 1 / scale, rounding="float"))
+    return imresize(high_res, 1 / scale)
 
 
 def upscale_bicubic(low_res: np.ndarray, scale: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline import cli_registry, cli_retrain
+from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
 from pipeline.errors import Stopped
 
@@ -156,9 +156,10 @@ def export(
     typer.echo(upscale.export(upscale.Source(file, model, None, tracking_uri, interval_size), target))
 
 
-shards = typer.Typer(help="Look at a set of shards.", no_args_is_help=True)
+shards = typer.Typer(help="Make a set of shards, look at one, check one.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
 ShardSet = Annotated[str, typer.Argument(help="Folder or s3://bucket/prefix of the set.")]
+cli_shards.add_to(shards)
 
 
 @shards.command("ls")

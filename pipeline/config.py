@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from data_prep import storage
 from data_prep.degrade import Kind
+from data_prep.pairs import OnDamage
 from model import build
 from pipeline.benchmark import Protocol
 from pipeline.rule import GateConfig
@@ -67,6 +68,10 @@ class ComputeConfig(Settings):
         "none", description="block: recompute each block's activations in the backward pass"
     )
     loader_workers: int = Field(0, ge=0, description="data loading processes per training process (0: in-process)")
+    cache_dir: str | None = Field(
+        None, description="local folder of each node for shards from S3; default: the user's, in the temporary folder"
+    )
+    cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the least recently used shards go")
     max_failures: int = Field(3, ge=-1, description="restarts after lost workers before the run fails (-1: no limit)")
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
@@ -107,6 +112,8 @@ class ComputeConfig(Settings):
             raise ValueError("offload 'optimizer' needs a partitioned optimizer: set zero_stage to 1, 2 or 3")
         if self.profile_steps and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"profile_steps {list(self.profile_steps)} must be [first, last], from 1 on")
+        if self.cache_dir is not None and not os.path.isabs(self.cache_dir):
+            raise ValueError(f"cache_dir {self.cache_dir!r} must be a folder of every node: give an absolute path")
         return self
 
 
@@ -127,7 +134,21 @@ class DataConfig(Settings):
     exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     samples_per_shard: int = Field(512, ge=1, description="images per WebDataset tar")
     min_side_px: int = Field(64, ge=1, description="images with a shorter side are rejected, with the reason listed")
+    drop_duplicates: bool = Field(True, description="of files with the same bytes keep the one with the smallest key")
+    sub_image_px: int | None = Field(
+        None, ge=1, description="cut images into PNG crops of this side, for large ones as DF2K's; null: as they are"
+    )
+    sub_image_step_px: int = Field(240, ge=1, description="pixels from one such crop to the next")
     max_reject_share: float = Field(0.01, ge=0, le=1, description="share of rejected images that fails the stage")
+
+    @model_validator(mode="after")
+    def _sub_images_meet(self) -> "DataConfig":
+        if self.sub_image_px is not None and self.sub_image_step_px > self.sub_image_px:
+            raise ValueError(
+                f"sub_image_step_px {self.sub_image_step_px} is above sub_image_px {self.sub_image_px}, which would "
+                f"lose the pixels between: lower it"
+            )
+        return self
 
 
 class MixPartConfig(Settings):
@@ -160,6 +181,13 @@ class PhaseConfig(Settings):
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
     degradation: Kind = Field("bicubic", description="how low-resolution crops are made of high-resolution ones")
+    num_streams: int = Field(
+        64, ge=1, description="streams of the order: more mix wider; divisible by num_workers x loader_workers"
+    )
+    crops_per_image: int = Field(1, ge=1, description="crops of each image per epoch, for one decoding")
+    on_damage: OnDamage = Field(
+        "stop", description="skip: a damaged sample's neighbour takes its place and is named; else the training stops"
+    )
     cache_decoded_bytes: int = Field(0, ge=0, description="keep decoded images up to this size; for small sets")
     checkpoint_every: int = Field(
         5000, ge=1, description="steps between checkpoints; compute.checkpoint_every_s makes more where steps are slow"
@@ -167,8 +195,8 @@ class PhaseConfig(Settings):
     log_every: int = Field(100, ge=1, description="steps between metrics")
 
     def what(self) -> dict[str, Any]:
-        """What decides the result: all but intervals and caches."""
-        left_out = {"checkpoint_every", "log_every", "cache_decoded_bytes"}
+        """What decides the result: all but intervals, caches, and the way on for a training that damage stopped."""
+        left_out = {"checkpoint_every", "log_every", "cache_decoded_bytes", "on_damage"}
         if self.degradation == "bicubic":
             left_out.add("degradation")  # the only one there was: trainings from before the key still count
         return self.model_dump(mode="json", exclude=left_out)
@@ -194,6 +222,12 @@ class TrainingConfig(Settings):
         description="without init_from: the paper's random start, or bicubic interpolation exactly",
     )
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "TrainingConfig":
+        if self.scale == 1:  # low and high resolution would be equal
+            raise ValueError("scale 1: x1 needs a degradation, which this version does not have: use 2, 3, 4 or 8")
+        return self
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
@@ -281,6 +315,7 @@ class Recipe(Places):
         _check_references(self)
         for name, phase in self.phases.items():
             check_batch(f"phases.{name}", phase, self.compute)
+        _check_crops(self)
         _check_evaluation(self)
         _check_networks(self)
         return self
@@ -349,6 +384,19 @@ def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
         )
 
 
+def _check_crops(recipe: Recipe) -> None:
+    for name, training in recipe.trainings.items():
+        phase = recipe.phases[training.phase]
+        needed = phase.patch_px * training.scale
+        for data in recipe.data_of(phase.data):
+            side = recipe.data[data].sub_image_px
+            if side is not None and side < needed:
+                raise ValueError(
+                    f"data.{data}.sub_image_px {side} is less than the crop of {needed} px that trainings.{name} takes "
+                    f"(patch_px {phase.patch_px} at scale {training.scale}): use at least {needed}"
+                )
+
+
 def _check_evaluation(recipe: Recipe) -> None:
     sets = recipe.evaluate.sets
     for name in recipe.evaluate.models:
@@ -366,8 +414,6 @@ def _check_evaluation(recipe: Recipe) -> None:
         raise ValueError("registry.gate.metric psnr_rgb is not measured: set evaluate.protocol.rgb=true")
     scales = [recipe.trainings[name].scale for name in recipe.final_trainings]
     for scale in scales:
-        if scale not in EVALUATION_SCALES:
-            raise ValueError(f"scale {scale} cannot be evaluated against bicubic: use one of {EVALUATION_SCALES}")
         if scales.count(scale) > 1:
             raise ValueError(
                 f"{scales.count(scale)} trainings of scale {scale} are final ({', '.join(recipe.final_trainings)}), "

@@ -51,7 +51,6 @@ class TrainJob(Settings):
     validation: ValidationConfig = ValidationConfig()
     gate_metric: str = "psnr_y"
     checkpoints_uri: str
-    cache_dir: str
     resume_from: str | None = Field(None, description="URI of a checkpoint to start from where Ray Train knows none")
     data_offset: int = Field(0, description="steps of data passed over because they led to non-finite losses")
 
@@ -62,7 +61,6 @@ class TrainJob(Settings):
             "compute",
             "shards_uri",
             "checkpoints_uri",
-            "cache_dir",
             "init",
             "phase",
             "data_offset",

@@ -163,6 +163,8 @@ def _name(item: Item) -> str:
 
 def _examine(item: Item) -> tuple[str, int]:
     """The sha256 of an image's bytes and its shorter side in pixels, 0 where it does not decode."""
+    if item.flaw:
+        return "", 0
     data = read_item(item)
     try:
         side_px = min(check(data)[:2])

@@ -21,7 +21,7 @@ from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
 from pipeline.benchmark import read_pair, read_set
-from pipeline.config import Recipe, digest_of
+from pipeline.config import DataConfig, Recipe, digest_of
 from pipeline.evaluate import SetResult, Weights, evaluate
 from pipeline.gate import Verdict
 from pipeline.launch import TrainJob, run_training
@@ -81,16 +81,10 @@ class Work:
 def run_shard(work: Work) -> Artifact:
     """Images -> WebDataset tars and their index."""
     data = work.recipe.data[work.stage.name.removeprefix("shard-")]
-    settings = ShardSettings(
-        samples_per_shard=data.samples_per_shard,
-        seed=work.recipe.seed,
-        min_side_px=data.min_side_px,
-        max_reject_share=data.max_reject_share,
-    )
     shards = make_shards(
         data.source,
         work.place,
-        settings,
+        shard_settings(data, work.recipe.seed),
         include=list(data.include),
         exclude=list(data.exclude),
         progress=lambda done, total: work.display.update(done, total, "shards"),
@@ -108,6 +102,19 @@ def run_shard(work: Work) -> Artifact:
     work.tracker.log_metrics(work.run_id, {key: float(value) for key, value in info.items()})
     work.tracker.log_files(work.run_id, {INDEX_NAME: index})
     return work.publish({}, info, digest=shards.digest)
+
+
+def shard_settings(data: DataConfig, seed: int) -> ShardSettings:
+    """How a recipe's set is sharded."""
+    return ShardSettings(
+        samples_per_shard=data.samples_per_shard,
+        seed=seed,
+        min_side_px=data.min_side_px,
+        drop_duplicates=data.drop_duplicates,
+        sub_image_px=data.sub_image_px,
+        sub_image_step_px=data.sub_image_step_px,
+        max_reject_share=data.max_reject_share,
+    )
 
 
 def run_mix(work: Work) -> Artifact:
@@ -140,7 +147,6 @@ def run_train(work: Work) -> Artifact:
         validation=work.recipe.validation,
         gate_metric=work.recipe.registry.gate.validation_metric,
         checkpoints_uri=storage.join(work.place, "checkpoints"),
-        cache_dir=str(Path(tempfile.gettempdir(), "hatchery-cache")),
     )
     last: dict[str, float] = {}
     saved = run_training(job, _training_records(work, phase.steps, last), _validation_images(work, training.scale))

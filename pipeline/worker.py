@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.loader import Batch, PairLoader, PairSettings, micro_batches_per_step
+from data_prep.shard_cache import default_cache
 from data_prep.uri import join
 from model import build
 from model.blocks import UpscalingNetwork
@@ -141,7 +142,7 @@ def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, di
         load_parameters(network, state["params"])
         return network, state, meta
     if job.init is not None:
-        weights = artifact.fetch(job.init, "weights.safetensors", Path(job.cache_dir))
+        weights = artifact.fetch(job.init, "weights.safetensors", Path(job.compute.cache_dir or default_cache()))
         network.load_state_dict(read_weights(weights))
     elif job.training.start == "bicubic":
         bicubic_start(network)
@@ -162,8 +163,12 @@ def pair_settings(job: TrainJob) -> PairSettings:
         seed=job.seed,
         degradation=job.phase.degradation,
         rounding=job.phase.low_res_rounding,
+        num_streams=job.phase.num_streams,
+        crops_per_image=job.phase.crops_per_image,
+        on_damage=job.phase.on_damage,
         cache_decoded_bytes=job.phase.cache_decoded_bytes,
-        cache_dir=job.cache_dir,
+        cache_dir=job.compute.cache_dir,
+        cache_bytes=job.compute.cache_bytes,
     )
 
 

@@ -47,12 +47,11 @@ def job(folder: str, shards: str, workers: int, checkpoints: str) -> TrainJob:
             data="d", steps=10**6, global_batch=BATCH, patch_px=PATCH, precision="fp32", log_every=10**6, grad_clip=1.0
         ),
         training=TrainingConfig(scale=SCALE, phase="pretrain"),
-        compute=ComputeConfig(num_workers=workers, micro_batch=BATCH // workers),
+        compute=ComputeConfig(num_workers=workers, micro_batch=BATCH // workers, cache_dir=f"{folder}/cache"),
         seed=0,
         shards_uri=shards,
         init=None,
         checkpoints_uri=checkpoints,
-        cache_dir=f"{folder}/cache",
     )
 
 

@@ -89,7 +89,7 @@ def test_the_command_judges_anybodys_weights_and_compares_them(tmp_path: Path) -
     [
         (["--weights", "/absent.pth", "--sets", "."], ["/absent.pth"]),
         (["--weights", "README.md", "--sets", "."], ["README.md"]),
-        (["--weights", "{golden}/hat_x2_w16.pth", "--sets", "/absent"], ["/absent", "no images"]),
+        (["--weights", "{golden}/hat_x2_w16.pth", "--sets", "/absent"], ["/absent", "does not exist"]),
         (["--weights", "{golden}/hat_x2_w16.pth", "--weights", "{golden}/hat_x3_w8.pth", "--sets", "."], ["x2", "x3"]),
         (["--weights", "{golden}/hat_x2_w16.pth", "--sets", ".", "--option", "a=b"], ["a=b", "key=number"]),
         (["--weights", "{golden}/hat_x2_w16.pth", "--sets", ".", "--option", "scael=1"], ["scael"]),

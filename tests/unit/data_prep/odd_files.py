@@ -35,20 +35,33 @@ def good_files():
         "png called.JPEG": encoded(photograph(seed=3), "PNG"),
         "exif.JPEG": with_orientation(6),
         "progressive.JPEG": encoded(photograph(seed=4), progressive=True),
+        "progressive cmyk.JPEG": encoded(photograph(seed=9).convert("CMYK"), progressive=True),
         "restart.JPEG": encoded(photograph(seed=5), restart_marker_blocks=3),
         "palette.png": encoded(photograph(seed=6).convert("P"), "PNG"),
         "bytes behind the end.JPEG": encoded(photograph(seed=7)) + b"trailing bytes \xff\xd8",
     }
 
 
+def zeros_before_the_end(data):
+    """The second half zeros, all but the end marker."""
+    return data[: len(data) // 2] + bytes(len(data) - len(data) // 2 - 2) + data[-2:]
+
+
 def bad_files():
     """Name -> (bytes, what the reason says)."""
     whole = encoded(photograph(seed=8), quality=95)
+    progressive = encoded(photograph(seed=8), quality=95, progressive=True)
+    cmyk = encoded(photograph(seed=8).convert("CMYK"), quality=95)
     return {
         "cut tail.JPEG": (whole[: len(whole) * 2 // 3], "damaged or cut off"),
         "cut tail, closed.JPEG": (whole[: len(whole) * 2 // 3] + b"\xff\xd9", "damaged or cut off"),
         "zeros at the end.JPEG": (whole[: len(whole) * 2 // 3] + bytes(len(whole) // 3), "damaged or cut off"),
         "cut progressive.JPEG": (encoded(photograph(), progressive=True)[:-400], "truncated"),
+        "cut progressive, closed.JPEG": (progressive[: len(progressive) * 2 // 3] + b"\xff\xd9", "damaged or cut off"),
+        "short progressive, closed.JPEG": (progressive[:-40] + b"\xff\xd9", "damaged or cut off"),
+        "zeros in a progressive.JPEG": (zeros_before_the_end(progressive), "damaged or cut off"),
+        "cut cmyk, closed.JPEG": (cmyk[: len(cmyk) * 2 // 3] + b"\xff\xd9", "damaged or cut off"),
+        "zeros in a cmyk.JPEG": (zeros_before_the_end(cmyk), "damaged or cut off"),
         "cut.png": (encoded(photograph(), "PNG")[:-200], "cannot be decoded"),
         "text.JPEG": (b"this is no image", "cannot be decoded"),
         "empty.JPEG": (b"", "cannot be decoded"),

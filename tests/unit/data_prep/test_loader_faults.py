@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 import torch
 
-from data_prep import storage
+from data_prep import shard_cache, storage
 from data_prep.index import publish_index, read_shard_set, summarise
 from data_prep.loader import PairLoader, PairSettings
 from data_prep.order import SampleOrder, crop_position
@@ -215,6 +215,125 @@ def test_a_tar_that_is_being_read_is_not_evicted(shards, remote, tmp_path):
     assert len(list(tmp_path.glob("*.tar"))) == 1
     assert first.read(0, 1)
     first.close()
+
+
+def test_a_cache_that_another_user_filled_is_read(shards, as_if_remote, tmp_path, monkeypatch):
+    first = ShardReader(shards, str(tmp_path), 10**9)
+    first.prefetch([0])
+    first.close()
+
+    def not_the_owner(*_):
+        raise PermissionError("not the owner")
+
+    monkeypatch.setattr(os, "utime", not_the_owner)
+    as_if_remote.clear()
+    second = ShardReader(shards, str(tmp_path), 10**9)
+    assert second.read(0, 0) == first.read(0, 0)
+    monkeypatch.setattr(os, "open", not_the_owner)
+    assert ShardReader(shards, str(tmp_path), 10**9).read(0, 0) == second.read(0, 0)
+    assert sum(as_if_remote.values()) == 1  # what may not be opened comes as a range
+
+
+def test_a_cache_that_may_not_be_written_is_named_and_done_without(shards, as_if_remote, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    reader = ShardReader(shards, str(tmp_path / "file" / "cache"), 10**9)
+    for _ in range(2):
+        reader.prefetch([0])
+        while reader._wanted:
+            time.sleep(0.01)
+    assert reader.read(0, 0)[0]
+    assert caplog.text.count("Not a directory") == 1
+
+
+@pytest.fixture
+def as_if_remote(monkeypatch):
+    """A set in a folder, read as one in an object store is; counts of the downloads and ranges by address."""
+    counts = Counter()
+
+    def counted(name):
+        real = getattr(shard_cache, name)
+
+        def call(uri, *arguments):
+            counts[name, uri, *(arguments if name == "read_range" else ())] += 1
+            return real(uri, *arguments)
+
+        monkeypatch.setattr(shard_cache, name, call)
+
+    counted("download")
+    counted("read_range")
+    monkeypatch.setattr(shard_cache, "is_local", lambda uri: False)
+    return counts
+
+
+def test_a_damaged_tar_is_downloaded_once_and_named_once(shards, copy, as_if_remote, tmp_path, caplog):
+    """The damage is behind the samples: these are sound, and read one by one."""
+    tar = join(copy, "shard-000002.tar")
+    flip_byte(tar, -1)
+    settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    batches = []
+    for batch in itertools.islice(PairLoader(copy, settings, BATCH, BATCH, 0, 1, 0), 30):
+        batches.append(batch)
+        time.sleep(0.01)  # time for the downloads
+    sound = settings.model_copy(update={"cache_dir": str(tmp_path / "other cache")})
+    assert keys(batches) == keys(take(shards.uri, sound, 30))
+    assert as_if_remote["download", tar] == 1
+    assert caplog.text.count("its samples are read one by one") == 1
+
+
+def test_a_tar_that_could_not_be_had_is_asked_for_again(shards, as_if_remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_FAILED_S", 0.0)
+    reader = ShardReader(shards, str(tmp_path), 10**9)
+    working, failures = shard_cache.download, 0
+
+    def fails(uri, local):
+        nonlocal failures
+        failures += 1
+        raise StorageError(f"{uri}: the server does not answer")
+
+    for download in (fails, fails, working):
+        monkeypatch.setattr(shard_cache, "download", download)
+        reader.prefetch([0])
+        while reader._wanted:
+            time.sleep(0.01)
+    assert failures == 2
+    assert len(list(tmp_path.glob("*.tar"))) == 1
+    reader.close()
+
+
+@pytest.mark.parametrize("option", [{}, {"crops_per_image": 2}, {"cache_decoded_bytes": 10 * 96 * 120 * 3}])
+def test_samples_are_fetched_ahead_until_the_end_and_not_if_they_are_held(
+    shards, as_if_remote, tmp_path, monkeypatch, option
+):
+    settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path), "cache_bytes": 0, **option})
+    monkeypatch.setattr(shard_cache, "_RANGES_AHEAD", 2 * BATCH)
+    ahead, read = [], ShardReader.read
+
+    def noted(reader, shard, number):
+        ahead.append((shard, number) in reader._ahead)
+        return read(reader, shard, number)
+
+    monkeypatch.setattr(ShardReader, "read", noted)
+    batches = list(itertools.islice(PairLoader(shards.uri, settings, BATCH, BATCH, 0, 1, 0), 40))
+    assert ahead.count(True) > 0.8 * len(ahead)  # not those that were held and given up before their turn
+    ranges = sum(count for (name, *_), count in as_if_remote.items() if name == "read_range")
+    assert len(ahead) <= ranges <= len(ahead) + 2 * BATCH
+    assert len(batches) == 40
+
+
+def test_what_is_not_wanted_any_more_makes_room_for_what_is(shards, as_if_remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_cache, "_RANGES_AHEAD", 2)
+    reader = ShardReader(shards, str(tmp_path), 0)
+    reader.fetch_ahead([(0, 0), (0, 0), (0, 1), (0, 2)])
+    assert list(reader._ahead) == [(0, 0), (0, 1)]
+    reader.fetch_ahead([(0, 1), (0, 2), (0, 3)])
+    assert list(reader._ahead) == [(0, 1), (0, 2)]
+    reader.close()
+
+
+def test_each_user_has_a_cache_folder_of_ones_own(shards, monkeypatch):
+    ours = ShardReader(shards, None, 0)._cache
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert ShardReader(shards, None, 0)._cache != ours
 
 
 def test_temporary_files_of_killed_writers_are_swept_and_others_kept(tmp_path):

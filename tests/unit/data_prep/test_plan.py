@@ -51,6 +51,14 @@ def test_two_images_with_one_key_are_refused():
         list(plan.items())
 
 
+def test_a_path_that_is_in_a_tar_twice_is_placed(tmp_path):
+    tar = str(tmp_path / "t.tar")
+    twice = [Item("a%2Epng", tar, 5, f"1@{offset}", offset) for offset in (512, 1536)]
+    with Plan(twice, SETTINGS) as plan, pytest.raises(ValueError, match="make it anew without the other") as caught:
+        list(plan.items())
+    assert f"two images have the key a%2Epng: byte 1536 of {tar} and byte 512 of {tar}; " in str(caught.value)
+
+
 def test_a_plan_leaves_no_files(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with Plan(items(5), SETTINGS):

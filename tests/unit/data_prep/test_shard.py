@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from data_prep import storage
 from data_prep.image import decode
 from data_prep.index import ShardSet, read_shard_set
 from data_prep.shard import ShardSettings, complete_shard, make_shards, plan_shards, write_shard
-from data_prep.sources import Item, list_items
+from data_prep.sources import Item, list_items, read_item
 from data_prep.storage import StorageError, join
 from data_prep.tasks import in_order
 from tests.shared_data import ROOT, shared
@@ -171,7 +172,7 @@ def test_odd_files_by_the_stated_rules(tmp_path, ray_local):
     source, bad = tmp_path / "odd", bad_files()
     for name, data in good_files().items() | {name: data for name, (data, _) in bad.items()}.items():
         storage.write_bytes(str(source / name), data)
-    result = make_shards(str(source), str(tmp_path / "set"), ShardSettings(max_reject_share=0.6))
+    result = make_shards(str(source), str(tmp_path / "set"), ShardSettings(max_reject_share=0.7))
     tar = storage.read_bytes(result.tar_uri(0))
     assert {
         unquote(sample.key): tar[sample.offset : sample.offset + sample.size] for sample in result.samples(0)
@@ -184,6 +185,21 @@ def test_odd_files_by_the_stated_rules(tmp_path, ray_local):
     assert {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines} == {
         reject.key: reject.reason for reject in result.index.rejects
     }
+
+
+def test_links_to_nothing_and_names_in_any_bytes(source, tmp_path, ray_local):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("gone1.jpg", "gone2.jpg"):
+        (images / name).symlink_to("nowhere.jpg")
+    good, bad = os.fsdecode(b"good\xe9.jpg"), os.fsdecode(b"bad\xe9.jpg")
+    (images / good).write_bytes(read_item(list_items(source)[0]))
+    (images / bad).write_bytes(b"this is no image")
+    made = make_shards(str(images), str(tmp_path / "set"), ShardSettings(max_reject_share=0.9))
+    assert [sample.key for sample in made.samples(0)] == ["good%E9%2Ejpg"]
+    rejects = {reject.key: reject for reject in made.index.rejects}
+    assert rejects["gone1%2Ejpg"].reason == rejects["gone2%2Ejpg"].reason == "a link to nothing"
+    assert rejects["bad%E9%2Ejpg"].uri == f"{images}/bad\\xe9.jpg"
 
 
 def test_all_rejected_is_an_error_at_any_share(damaged, tmp_path, ray_local):

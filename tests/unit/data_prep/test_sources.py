@@ -1,7 +1,9 @@
 """Sources of images: folders, the shipped photographs, globs, and keys that WebDataset keeps apart."""
 
 import importlib.util
+import os
 import tarfile
+import threading
 from urllib.parse import unquote
 
 import pytest
@@ -12,7 +14,7 @@ from webdataset.tariterators import base_plus_ext
 from data_prep import sources
 from data_prep.image import decode
 from data_prep.sources import fingerprint, key_of, list_items, read_item
-from data_prep.storage import StorageError, read_bytes
+from data_prep.storage import StorageError, read_bytes, write_bytes
 from tests.shared_data import shared
 
 
@@ -40,6 +42,18 @@ def test_keys_are_unique_reversible_and_webdataset_splits_them_right(paths):
         if not key.endswith("/"):
             assert base_plus_ext(f"{key}.jpg") == (key, "jpg")
             assert "__" not in key
+
+
+def test_a_name_that_is_no_utf8_is_listed_and_read_and_leads_back(tmp_path):
+    folder, path = str(tmp_path / "images"), os.fsdecode(b"caf\xe9.jpg")
+    write_bytes(f"{folder}/{path}", b"latin")
+    (tmp_path / "list.txt").write_bytes(b"images/caf\xe9.jpg\n")
+    for source in (folder, str(tmp_path / "list.txt")):
+        [item] = list_items(source)
+        assert unquote(item.key, errors="surrogateescape").endswith(path)
+        assert item.ext == "jpg"
+        assert read_item(item) == b"latin"
+    assert key_of(path) == "caf%E9%2Ejpg" != key_of("café.jpg")
 
 
 @pytest.mark.parametrize(
@@ -89,8 +103,46 @@ def test_a_listed_file_that_is_gone_is_named(tmp_path):
         list_items(str(tmp_path / "a.txt"))
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("mistyped", "mistyped: it does not exist"),
+        ("empty", "sources.txt: it lists empty, which holds no image; correct or remove the line"),
+        ("notes.gif", "notes.gif: it is a file, no .tar or .txt"),
+        ("none.tar", "sources.txt: it lists none.tar, which holds no image"),
+    ],
+)
+def test_a_line_that_names_no_image_is_an_error(tmp_path, line, words):
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.gif").write_bytes(b"")
+    with tarfile.open(tmp_path / "none.tar", "w") as tar:
+        tar.add(__file__, "x.py")
+    (tmp_path / "sources.txt").write_text(f"\ufeffa.png\n{line}\n")
+    with pytest.raises(ValueError, match=words):
+        list_items(str(tmp_path / "sources.txt"))
+
+
+def test_listed_images_are_looked_at_side_by_side_and_keep_their_order(tmp_path, monkeypatch):
+    """None is answered before eight are asked: one by one, the first would wait for ever."""
+    together = threading.Barrier(8, timeout=20)
+
+    def head(uri):
+        together.wait()
+        return 7, "tag"
+
+    monkeypatch.setattr("data_prep.s3.head", head)
+    uris = [f"s3://bucket/{number:02d}.png" for number in range(16)]
+    (tmp_path / "sources.txt").write_text("\n".join(reversed(uris)))
+    items = list_items(str(tmp_path / "sources.txt"))
+    assert [(item.uri, item.size, item.version) for item in items] == [(uri, 7, "tag") for uri in reversed(uris)]
+
+
 def test_no_images_is_an_error_that_names_source_and_extensions(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: no images among 0 found; accepted extensions are png jpg"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: no images among 0 found; accepted extensions are png jpg"):
+        list_items(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"nowhere: it does not exist"):
         list_items(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"no images with include=\['z\*'\] exclude=\[\] among 4 found"):
         list_items(folder, include=["z*"])

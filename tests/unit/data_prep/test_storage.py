@@ -178,15 +178,15 @@ def test_new_files_have_the_usual_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_links_are_followed_and_a_dangling_one_is_named(tmp_path):
+def test_links_are_followed_and_a_dangling_one_is_marked(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "image").write_bytes(b"x")
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "linked").symlink_to(tmp_path / "data")
     assert [info.path for info in storage.list_files(str(tmp_path / "root"))] == ["linked/image"]
     (tmp_path / "root" / "dangling").symlink_to(tmp_path / "gone")
-    with pytest.raises(StorageError, match="root/dangling: it does not exist"):
-        storage.list_files(str(tmp_path / "root"))
+    found = [(info.path, info.version == storage.DANGLING) for info in storage.list_files(str(tmp_path / "root"))]
+    assert found == [("dangling", True), ("linked/image", False)]
 
 
 @pytest.mark.parametrize("deeper", ["x", "x/y"])
@@ -302,6 +302,18 @@ def test_an_unreachable_server_is_explained(monkeypatch):
 def test_an_endpoint_that_is_no_url_is_explained(monkeypatch):
     message = refused(monkeypatch, "s3://bucket/runs", AWS_ENDPOINT_URL="localhost", **CREDENTIALS)
     assert "Invalid endpoint: localhost; check AWS_ENDPOINT_URL" in message
+
+
+def test_an_error_of_whoever_writes_stays_what_it_is(root):
+    def fail():
+        with storage.writing(join(root, "x")) as file:
+            file.write(b"half")
+            raise ValueError("not mine")
+
+    with pytest.raises(ValueError, match=r"^not mine$") as caught:
+        fail()
+    assert not isinstance(caught.value, StorageError)
+    assert not storage.exists(join(root, "x"))
 
 
 def test_absent_credentials_are_explained(monkeypatch):

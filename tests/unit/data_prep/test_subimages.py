@@ -62,6 +62,16 @@ def test_shards_of_sub_images_are_lossless(tmp_path):
         np.testing.assert_array_equal(pixels, whole[box.top : box.top + 96, box.left : box.left + 96])
 
 
+def test_a_cut_file_gives_no_gray_sub_images(tmp_path):
+    data = encoded(photograph(150, 210))
+    storage.write_bytes(str(tmp_path / "source" / "cut.JPEG"), data[: len(data) // 2] + b"\xff\xd9")
+    [plan] = plan_shards(list_items(str(tmp_path / "source")), ShardSettings(sub_image_px=96, sub_image_step_px=48))
+    info = write_shard(plan, str(tmp_path / "set"))
+    assert [reject.reason for reject in info.rejects] == [
+        "cannot be decoded: the compressed data is damaged or cut off"
+    ]
+
+
 def test_a_step_that_would_lose_pixels_is_refused():
     with pytest.raises(ValueError, match="sub_image_step_px=481 is above sub_image_px=480"):
         ShardSettings(sub_image_px=480, sub_image_step_px=481)

@@ -10,8 +10,9 @@ from data_prep import storage
 from data_prep.index import summarise
 from data_prep.shard import ShardSettings, make_shards, plan_shards, write_shard
 from data_prep.sources import list_items, read_item
-from data_prep.storage import DamageError, join
+from data_prep.storage import DamageError, StorageError, join
 from data_prep.tar_source import iter_members
+from tests.faulty_proxy import Faults, faulty_proxy
 from tests.unit.data_prep.odd_files import encoded, photograph
 
 CLASSES = {f"n0{number}": [f"n0{number}_{image}.JPEG" for image in range(3)] for number in range(3)}
@@ -106,6 +107,18 @@ def test_a_compressed_tar_is_explained(tmp_path):
         tar.add(__file__, "x.png")
     with pytest.raises(DamageError, match=r"train.tar: it is no sound, uncompressed tar"):
         list_items(str(tmp_path / "train.tar"))
+
+
+@pytest.mark.integration
+def test_a_tar_whose_server_breaks_off_is_listed_or_named(nested, images, s3, tmp_path, monkeypatch):
+    uri = join(s3.uri, tmp_path.name, "train.tar")
+    storage.write_bytes(uri, nested)
+    with faulty_proxy(s3.endpoint, Faults(0.2, seed=1)):
+        assert len(list_items(uri)) == len(images)
+    monkeypatch.setattr("data_prep.s3._BODY_ATTEMPTS", 2)
+    with faulty_proxy(s3.endpoint, Faults(1.0)), pytest.raises(StorageError, match=f"^{uri}: ") as caught:
+        list_items(uri)
+    assert not isinstance(caught.value, DamageError)
 
 
 def test_a_missing_tar_is_named(tmp_path):

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import CONFIGS, ConfigError, Recipe, flatten, load_recipe, tracking_uri
+from pipeline.launch import TrainJob
+from pipeline.stages import shard_settings
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("[!_]*.yaml"))
 PUBLISHED = [name for name in RECIPES if name != "demo"]
@@ -75,6 +77,12 @@ def test_where_a_recipe_runs_is_not_what_it_is() -> None:
         ("compute.micro_batch=all", ["micro_batch", "all"]),
         ("compute.num_workers=9", ["global_batch 8", "num_workers 9"]),
         ("compute.num_workers=[3,2]", ["num_workers [3, 2]", "swap"]),
+        ("compute.cache_dir=cache", ["cache_dir 'cache'", "absolute path"]),
+        ("data.sharp.sub_image_px=200", ["sub_image_step_px 240", "sub_image_px 200", "lower it"]),
+        (
+            "data={sharp: {source: x, sub_image_px: 120, sub_image_step_px: 60}}",
+            ["data.sharp.sub_image_px 120", "trainings.finetune-x4", "at least 128"],
+        ),
         ("compute.profile_steps=[5,2]", ["profile_steps [5, 2]", "first"]),
         ("validation.export=best", ["export 'best'", "set every"]),
         ("phases.pretrain.patch_px=30", ["30", "24"]),
@@ -89,7 +97,8 @@ def test_where_a_recipe_runs_is_not_what_it_is() -> None:
         ("evaluate.models=[nope]", ["nope", "finetune-x2"]),
         ("evaluate.models=[pretrain-x2,finetune-x2]", ["scale 2", "evaluate.models"]),
         ("evaluate.include.nope=[a]", ["nope", "held-out"]),
-        ("trainings.finetune-x2.scale=1", ["scale 1"]),
+        ("trainings.finetune-x2.scale=1", ["trainings.finetune-x2", "x1 needs a degradation", "2, 3, 4 or 8"]),
+        ("trainings.pretrain-x2-again.scale=1", ["trainings.pretrain-x2-again", "x1 needs a degradation"]),
         ("model.options.upsampler=nearest", ["upsampler"]),
         ("model.options.num_heads=[5,5]", ["5"]),
         ("model.arch=edsr", ["edsr"]),
@@ -102,6 +111,51 @@ def test_faults_name_the_value_and_what_would_do(override: str, words: list[str]
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+LOADER_OPTIONS = {
+    "num_streams": 8,
+    "crops_per_image": 2,
+    "on_damage": "skip",
+    "cache_decoded_bytes": 7,
+    "cache_dir": "/cache",
+    "cache_bytes": 9,
+}
+
+
+def test_a_recipes_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from pipeline.worker import pair_settings
+
+    phase = [f"phases.pretrain.{key}={value}" for key, value in LOADER_OPTIONS.items() if not key.startswith("cache_")]
+    recipe = demo(*phase, "phases.pretrain.cache_decoded_bytes=7", "compute.cache_dir=/cache", "compute.cache_bytes=9")
+    training = recipe.trainings["pretrain-x2"]
+    job = TrainJob(
+        name="pretrain-x2",
+        model=recipe.model,
+        phase=recipe.phases["pretrain"],
+        training=training,
+        compute=recipe.compute,
+        seed=3,
+        shards_uri="s3://b/shards",
+        init=None,
+        checkpoints_uri="s3://b/checkpoints",
+    )
+    settings = pair_settings(job)
+    assert settings.model_dump(include=set(LOADER_OPTIONS)) == LOADER_OPTIONS
+    assert (settings.scale, settings.patch_px, settings.seed) == (2, 32, 3)
+
+
+def test_a_recipes_options_reach_the_shards() -> None:
+    options = {"drop_duplicates": False, "sub_image_px": 300, "sub_image_step_px": 100, "min_side_px": 90}
+    data = demo(*(f"data.sharp.{key}={value}" for key, value in options.items())).data["sharp"]
+    assert shard_settings(data, 3).model_dump(include=set(options)) == options
+    assert set(type(shard_settings(data, 3)).model_fields) - set(type(data).model_fields) == {"seed"}
+
+
+def test_df2k_is_cut_as_the_papers_cut_it() -> None:
+    df2k = load_recipe("hat").data["df2k"]
+    assert (df2k.sub_image_px, df2k.sub_image_step_px) == (480, 240)
 
 
 def write(folder: Path, name: str, text: str) -> str:
