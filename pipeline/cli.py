@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(143)
-    except (ValueError, FileNotFoundError, PermissionError, MemoryError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         sys.stderr.write(f"hatchery: {_one_line(error)}\n")

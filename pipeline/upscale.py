@@ -87,10 +87,18 @@ def plan(source: str, target: str) -> list[Job]:
         check_target(jobs[0].target)
     else:
         raise ValueError(f"{source} does not exist: name an image or a folder of images")
+    _refuse_below_a_file(into)
     for job in jobs:
         if job.target.resolve() == job.source.resolve():
             raise ValueError(f"{target} would overwrite {job.source}: name another place for the result")
     return jobs
+
+
+def _refuse_below_a_file(target: Path) -> None:
+    """ValueError where a folder that the target needs is a file."""
+    for folder in target.parents:
+        if folder.is_file():
+            raise ValueError(f"{target} cannot be written: {folder} is a file, no folder")
 
 
 def _is_below(path: Path, target: Path, source: str) -> bool:
@@ -215,6 +223,7 @@ def export(source: Source, target: str) -> str:
     suffix = Path(target).suffix
     if suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{target}: choose an ending among .onnx, .pt2")
+    _refuse_below_a_file(Path(target))
     if suffix == ".onnx":
         require_onnx()
     network, name = open_network(source)

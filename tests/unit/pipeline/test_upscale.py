@@ -111,6 +111,8 @@ def case(name: str, folder: Path) -> tuple[list[object], str]:
         "onto itself": ([image, image], "would overwrite"),
         "folder onto itself": ([folder, folder], "would overwrite"),
         "folder into a file": ([folder, image], "is a file: name a folder"),
+        "below a file": ([image, image / "sub" / "out.png"], f"{image} is a file, no folder"),
+        "folder below a file": ([folder, image / "out"], f"{image} is a file, no folder"),
         "other scale": ([image, out, "--scale", 3], "upscales by 2, not by --scale 3"),
         "small tile": ([image, out, "--tile", 8], "tile=8 px with overlap=32 px"),
         "small tile for a folder": ([folder, folder / "o", "--tile", 8], "tile=8 px with overlap=32 px"),
@@ -122,6 +124,7 @@ def case(name: str, folder: Path) -> tuple[list[object], str]:
 
 WRONG = (
     *("no input", "no images", "unknown ending", "no alpha", "onto itself", "folder onto itself", "folder into a file"),
+    *("below a file", "folder below a file"),
     *("other scale", "small tile", "small tile for a folder", "precision", "two networks", "broken"),
 )
 
@@ -161,6 +164,15 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
     assert not Path("out.png").exists()
 
 
+@pytest.mark.parametrize("place", ["in.png/out.png", "in.png/sub/out.png"])
+def test_a_place_that_cannot_be_is_one_line_from_any_command(place, hatchery, weights, tmp_path, monkeypatch) -> None:
+    """Whatever the early check does not see, such as a file made meanwhile."""
+    monkeypatch.setattr("pipeline.upscale._refuse_below_a_file", lambda target: None)
+    write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
+    code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / place, "--weights", weights)
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_export_writes_both_kinds(hatchery, weights, tmp_path) -> None:
     for name, what in (("a.pt2", "x2.pth, hat x2, for sides of more than 8 px"), ("a.onnx", "differs from PyTorch by")):
         code, out, err = hatchery("export", weights, tmp_path / name)
@@ -181,6 +193,7 @@ def test_wrong_exports(hatchery, weights, tmp_path) -> None:
     for arguments, message in (
         ((weights, tmp_path / "a.engine"), "a.engine: choose an ending among .onnx, .pt2"),
         ((tmp_path / "nope.pth", tmp_path / "a.onnx"), "nope.pth"),
+        ((weights, Path(weights) / "a.onnx"), "is a file, no folder"),
         ((weights, tmp_path / "a.pt2", "--interval-size", 4), "hat has no argument interval_size"),
     ):
         code, _, err = hatchery("export", *arguments)
