@@ -43,3 +43,13 @@ def test_one_graph_without_breaks_and_the_same_results(arch: str, checkpoint: st
     assert len(results) == len(expected) == 1 + len(list(network.parameters()))
     for ours, plain in zip(results, expected, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-12)
+
+
+def test_one_graph_without_gradients_too() -> None:
+    network, x = tiny(), torch.rand(1, 3, 8, 16)
+    with torch.no_grad():
+        expected = network(x)
+        network.compile(backend="eager")
+        assert torch.allclose(network(x), expected, atol=1e-6)
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] == 1
