@@ -23,9 +23,12 @@ ORIENTATION = 0x0112
 """EXIF's and TIFF's tag number."""
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BROKEN = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, Image.DecompressionBombError),
+    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
     RuntimeError,  # imagecodecs'
+    MemoryError,  # a damaged header may name any size
 )
+"""What decoders raise where a file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def read_picture(path: str | Path) -> Picture:
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} cannot be read: it is no image, or of a kind that is not known here") from error
     except BROKEN as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _picture(data: bytes) -> Picture:

@@ -15,6 +15,7 @@ import psutil
 import torch
 from rich.console import Console
 
+from data_prep import jpeg, jpeg_header
 from model import load
 from model.blocks import NUM_FEAT, UpscalingNetwork
 from model.inference import upscale
@@ -165,6 +166,7 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
 def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
     """One image; returns what it was and became."""
     picture = read_picture(job.source)
+    _refuse_cut_off(job.source)
     check_target(job.target, picture)
 
     size = picture.pixels.shape[:2]
@@ -179,6 +181,17 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
     tiles = f", tiles of {tile} px" if tile else ""
     return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
+
+
+def _refuse_cut_off(path: Path) -> None:
+    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray.
+
+    Baseline JPEGs only: of progressive ones any part is a whole image.
+    """
+    data = path.read_bytes()
+    header = jpeg_header.parse(data)
+    if header is not None and jpeg.seek_points(data, header) is None:
+        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
 
 
 def fitting_tile(network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int) -> int | None:

@@ -1,8 +1,11 @@
 """Image files in and out: depth, alpha, orientation and colour profile."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import imagecodecs
 import numpy as np
@@ -174,6 +177,33 @@ def test_files_that_cannot_be_read_are_named(name: str, message: str, tmp_path: 
     with pytest.raises(ValueError, match=message) as raised:
         read_picture(path)
     assert str(raised.value).startswith(f"{path} cannot be read: ")
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_no_damaged_byte_is_more_than_a_named_error(compression: str | None, tmp_path: Path) -> None:
+    """Single bytes of a TIFF's tags made tifffile raise TypeError, ZeroDivisionError, struct.error and others."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels(3, np.uint16), photometric="rgb", compression=compression)
+    sound = path.read_bytes()
+    refusals = []
+    for position in range(4, 300):
+        for value in (0, 255):
+            path.write_bytes(sound[:position] + bytes([value]) + sound[position + 1 :])
+            try:
+                read_picture(path)
+            except ValueError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(refusal.startswith(f"{path} cannot be read: ") for refusal in refusals)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), zlib.error("bad data"), IndexError("no tag"), struct.error("short")])
+def test_what_decoders_raise_is_named(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_picture(tmp_path / "a.tif", Picture(pixels(3, np.uint16)))
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", Mock(side_effect=error))
+    with pytest.raises(ValueError, match=rf"a\.tif cannot be read: {str(error) or 'MemoryError'}$"):
+        read_picture(tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,19 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
     for name in ("a.png", "sub/b.jpg", "sub/C.TIF"):
         write_picture(tmp_path / "in" / name, Picture(levels(9, 8)))
     (tmp_path / "in" / "b-broken.png").write_bytes(b"nothing")
+    write_picture(tmp_path / "in" / "cut.jpg", Picture(levels(60, 80)))
+    whole = (tmp_path / "in" / "cut.jpg").read_bytes()
+    (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")  # ends like a sound one
     (tmp_path / "in" / "notes.txt").write_text("no image")
     code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 1
-    assert err.splitlines()[-1].startswith(f"hatchery: {tmp_path}/in/b-broken.png cannot be read: ")
+    assert [line.split(": ")[1] for line in err.splitlines() if line.startswith("hatchery: ")] == [
+        f"{tmp_path}/in/b-broken.png cannot be read",
+        f"{tmp_path}/in/cut.jpg cannot be read",
+    ]
     assert files(tmp_path / "in" / "out") == ["a.png", "sub/C.TIF", "sub/b.jpg"]
     (tmp_path / "in" / "b-broken.png").unlink()
+    (tmp_path / "in" / "cut.jpg").unlink()
     code, out, _ = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 0
     assert "[3/3]" in out, "results of the first run are no images to upscale"
