@@ -14,7 +14,7 @@ import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from model.files import write_atomically
 
@@ -88,11 +88,32 @@ def _picture(data: bytes) -> Picture:
     with Image.open(io.BytesIO(data)) as image:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError("it holds several pictures, not one")
-        profile = image.info.get("icc_profile")
         pixels = _deep_pixels(data, image)
         if pixels is None:
-            return Picture(_eight_bit_pixels(ImageOps.exif_transpose(image)), profile)
-        return Picture(_turned(pixels, image.getexif().get(ORIENTATION, 1)), profile)
+            turned = _cmyk_to_srgb(ImageOps.exif_transpose(image))
+            return _with_fitting_profile(_eight_bit_pixels(turned), turned.info.get("icc_profile"))
+        turns = image.getexif().get(ORIENTATION, 1)
+        return _with_fitting_profile(_turned(pixels, turns), image.info.get("icc_profile"))
+
+
+def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
+    """A CMYK image in sRGB, as its profile says; as it is where it has none that can be used, and other images."""
+    profile = image.info.get("icc_profile")
+    if image.mode != "CMYK" or not profile:
+        return image
+    try:
+        ours, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, ours, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    assert converted is not None
+    return converted
+
+
+def _with_fitting_profile(pixels: NDArray[Any], profile: bytes | None) -> Picture:
+    """A picture; a profile of another colour space than its pixels are in (the file's were converted) is dropped."""
+    colour_space = b"GRAY" if pixels.shape[2] < 3 else b"RGB "
+    return Picture(pixels, profile if profile and profile[16:20] == colour_space else None)
 
 
 def _deep_pixels(data: bytes, image: Image.Image) -> NDArray[Any] | None:
@@ -129,7 +150,7 @@ def _deep_tiff(data: bytes) -> Picture | None:
     elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
         raise ValueError("16-bit pixels are known here as gray or RGB only; convert it to RGB")
     pixels = np.atleast_3d(pixels).astype(np.uint16, copy=False)
-    return Picture(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
+    return _with_fitting_profile(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
 
 
 def _eight_bit_pixels(image: Image.Image) -> NDArray[Any]:

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GRAY_PROFILE = PROFILE[:16] + b"GRAY" + PROFILE[20:]
 
 
 def pixels(channels: int, dtype: Any = np.uint8) -> np.ndarray:
@@ -33,7 +34,8 @@ HELD = [
 
 @pytest.mark.parametrize(("suffix", "channels", "dtype"), HELD)
 def test_what_is_written_is_read_again(suffix: str, channels: int, dtype: Any, tmp_path: Path) -> None:
-    written = Picture(pixels(channels, dtype), PROFILE if suffix != ".bmp" else None)
+    profile = PROFILE if channels > 2 else GRAY_PROFILE
+    written = Picture(pixels(channels, dtype), profile if suffix != ".bmp" else None)
     write_picture(tmp_path / f"a{suffix}", written)
     read = read_picture(tmp_path / f"a{suffix}")
     assert read.pixels.dtype == dtype
@@ -105,6 +107,41 @@ def test_other_kinds_become_gray_or_rgb(mode: str, channels: int, tmp_path: Path
     read = read_picture(path)
     assert read.pixels.shape == (7, 9, channels)
     assert read.pixels.dtype == (np.uint16 if mode == "I;16" else np.uint8)
+
+
+def cmyk_profile() -> bytes:
+    """Black ink alone counts: lightness falls in a straight line from 100 to 0. ICC version 2, one 8-bit table."""
+    lightness = [255 * (1 - corner % 2) for corner in range(16)]  # black is the last ink, so it changes fastest
+    colours = b"".join(bytes([level, 128, 128]) for level in lightness)
+    identity = struct.pack(">9i", *(65536 * (place % 4 == 0) for place in range(9)))
+    ramp = bytes(range(256))
+    table = b"mft1" + bytes([0, 0, 0, 0, 4, 3, 2, 0]) + identity + 4 * ramp + colours + 3 * ramp
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(table))
+    space = struct.pack(">I4s4s4s4s", 0x02100000, b"prtr", b"CMYK", b"Lab ", b"")
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    header = (bytes(8) + space + bytes(8)).ljust(36, b"\0") + b"acsp" + bytes(28) + white
+    return struct.pack(">I", 144 + len(table)) + header[4:].ljust(124, b"\0") + tags + table
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_cmyk_becomes_srgb_as_its_profile_says(suffix: str, tmp_path: Path) -> None:
+    """Half black ink is a lightness of 50, which is 119 in sRGB; without a profile it would be 127."""
+    image = Image.fromarray(np.full((16, 8, 4), (200, 100, 0, 127), np.uint8), "CMYK")
+    image.save(tmp_path / f"a{suffix}", icc_profile=cmyk_profile())
+    read = read_picture(tmp_path / f"a{suffix}")
+    assert read.pixels.shape == (16, 8, 3)
+    assert np.abs(read.pixels.astype(int) - 119).max() <= 2
+    assert read.profile is not None
+    assert read.profile[16:20] == b"RGB "
+
+
+def test_profiles_of_another_colour_space_are_dropped(tmp_path: Path) -> None:
+    unusable = b"\0\0\1\0lcms\2\x10\0\0prtrCMYKLab " + bytes(200)
+    Image.new("CMYK", (9, 7)).save(tmp_path / "cmyk.jpg", icc_profile=unusable)
+    Image.new("L", (9, 7)).save(tmp_path / "gray.png", icc_profile=PROFILE)
+    tifffile.imwrite(tmp_path / "gray.tif", pixels(1, np.uint16)[..., 0], iccprofile=PROFILE)
+    for name in ("cmyk.jpg", "gray.png", "gray.tif"):
+        assert read_picture(tmp_path / name).profile is None
 
 
 def test_a_transparent_gray_level_becomes_alpha(tmp_path: Path) -> None:
