@@ -167,7 +167,7 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
     """One image; returns what it was and became."""
     picture = read_picture(job.source)
     _refuse_cut_off(job.source)
-    check_target(job.target, picture)
+    check_target(job.target, picture, network.scale)
 
     size = picture.pixels.shape[:2]
     tile = options.tile or fitting_tile(network, size, options.overlap, _free_bytes(network))

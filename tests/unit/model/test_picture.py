@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
+import model.picture
 from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -259,3 +260,42 @@ def test_files_that_cannot_hold_the_picture(name: str, channels: int, dtype: Any
     if name == "a.gif":
         with pytest.raises(ValueError, match=message):
             check_target(name)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("a.webp", 16383), ("a.jpg", 65500)])
+def test_sides_that_a_format_cannot_hold_are_known_before(name: str, longest: int, tmp_path: Path) -> None:
+    write_picture(tmp_path / name, Picture(np.zeros((1, longest, 1), np.uint8)))
+    for picture, scale in (
+        (Picture(np.zeros((1, longest + 1, 1), np.uint8)), 1),
+        (Picture(np.zeros((longest // 4 + 1, 2, 1), np.uint8)), 4),
+    ):
+        height, width = (side * scale for side in picture.pixels.shape[:2])
+        with pytest.raises(ValueError, match=rf"cannot hold {width} x {height} px, .*: choose \.png or \.tif"):
+            check_target(name, picture, scale)
+    check_target("a.png", picture, scale)
+
+
+def test_large_pictures_are_read_without_pillows_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Pillow's limit were 9 px: twice as many are an error there, more than that many a warning."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    write_picture(tmp_path / "a.png", Picture(pixels(3)))
+    assert np.array_equal(read_picture(tmp_path / "a.png").pixels, pixels(3))
+    assert Image.MAX_IMAGE_PIXELS == 9
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.png", np.uint8), ("a.png", np.uint16), ("a.tif", np.uint16)])
+def test_too_many_pixels_have_a_remedy(name: str, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.picture, "LARGEST_PX", 62)
+    write_picture(tmp_path / name, Picture(pixels(3, dtype)))
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: it has 9 x 7 px, .*: cut it into parts"):
+        read_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_files_of_many_bytes_have_wide_positions(
+    dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.picture, "BIG_TIFF_BYTES", 9)
+    write_picture(tmp_path / "a.tif", Picture(pixels(3, dtype)))
+    assert (tmp_path / "a.tif").read_bytes()[:4] == b"II+\0"
+    assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels(3, dtype))

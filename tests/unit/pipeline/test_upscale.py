@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -125,21 +126,24 @@ def case(name: str, folder: Path) -> tuple[list[object], str]:
         "small tile for a folder": ([folder, folder / "o", "--tile", 8], "tile=8 px with overlap=32 px"),
         "precision": ([image, out, "--precision", "fp16"], "precision='fp16': choose one of"),
         "two networks": ([image, out, "--model", "models:/m@champion"], "--weights and --model are two networks"),
+        "too wide": ([folder / "wide.png", folder / "out.webp"], "out.webp cannot hold 16384 x 16 px"),
         "broken": ([folder / "broken.png", out], "broken.png cannot be read"),
     }[name]
 
 
 WRONG = (
     *("no input", "no images", "unknown ending", "no alpha", "onto itself", "folder onto itself", "folder into a file"),
-    *("below a file", "folder below a file"),
+    *("below a file", "folder below a file", "too wide"),
     *("other scale", "small tile", "small tile for a folder", "precision", "two networks", "broken"),
 )
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_path) -> None:
+def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_path, monkeypatch) -> None:
     write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
     write_picture(tmp_path / "alpha.png", Picture(levels(8, 8, 4)))
+    write_picture(tmp_path / "wide.png", Picture(levels(8, 8192)))
+    monkeypatch.setattr("pipeline.upscale.upscale", Mock(side_effect=AssertionError("no network may run")))
     (tmp_path / "broken.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     before = files(tmp_path)
