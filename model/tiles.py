@@ -23,6 +23,14 @@ OVERLAP = 32
 Progress = Callable[[int, int], None]
 """Called with the tiles done and their number, which starts anew where memory asks for smaller tiles."""
 
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
+    "could not create a primitive",  # oneDNN names no reason: lack of memory is what makes it fail on known shapes
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    "unable to find an engine to execute",  # cuDNN's, where no algorithm's workspace fits
+)
+"""What errors say that have no type of their own for it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -64,11 +72,11 @@ class Tiler:
             self._shrink(max(padded_bchw.shape[2:]), reason)
 
     def _shrink(self, side: int, reason: str) -> None:
-        """Halve the batch, then the tile, down to the overlap and a window."""
+        """Halve the batch where there are several tiles, then the tile, down to the overlap and a window."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         tile, smallest = min(self.tile or side, side), self.overlap + self.window
-        if self.batch > 1:
+        if self.batch > 1 and tile < side:
             self.batch //= 2
         elif tile > smallest:
             self.tile = max(_up(tile // 2, self.window), smallest)
@@ -164,9 +172,5 @@ def _reflected(length: int, multiple: int) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or the CPU, whose errors have no type of their own.
-
-    oneDNN names no reason: lack of memory is what makes it fail on shapes that it knows.
-    """
-    words = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    """Whether an error says that memory ran out, on a GPU or the CPU (see `OUT_OF_MEMORY`)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)

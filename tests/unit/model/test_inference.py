@@ -16,6 +16,7 @@ from model.blocks import UpscalingNetwork
 from model.inference import upscale, upscale_tensor
 from model.init import bicubic_start
 from model.precision import resolve_precision
+from model.tiles import is_out_of_memory
 from tests.shared_data import ROOT, shared
 from tests.unit.model.tiny import tiny
 
@@ -241,6 +242,28 @@ def test_out_of_memory_halves_the_batch_then_the_tile(caplog: pytest.LogCaptureF
     assert {size[2] for size in network.sizes} == {48, 24}
     assert torch.equal(out, upscale_tensor(Greedy(1 << 40), x, tile=24, overlap=8))  # type: ignore[arg-type]
     assert "going on with tiles of 24 px, 1 at once" in caplog.text
+
+
+def test_a_whole_image_is_tried_once_whatever_the_batch() -> None:
+    network: Any = Greedy(2 * 24 * 24, every=1)
+    upscale_tensor(network, torch.rand(1, 3, 64, 64), overlap=8, batch=8)
+    assert network.sizes[:2] == [(1, 3, 64, 64), (8, 3, 32, 32)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "std::bad_alloc",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_lack_of_memory_is_known_by_its_words(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_out_of_memory_with_the_smallest_tile_ends() -> None:
