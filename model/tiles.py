@@ -17,8 +17,8 @@ from torch import Tensor
 from model.blocks import UpscalingNetwork
 from model.precision import computing
 
-OVERLAP = 32
-"""Default overlap of neighbouring tiles, low-resolution px."""
+OVERLAP_WINDOWS = 4
+"""Default overlap of neighbouring tiles, in windows: attention hands on what it sees from window to window."""
 
 Progress = Callable[[int, int], None]
 """Called with the tiles done and their number, which starts anew where memory asks for smaller tiles."""
@@ -38,14 +38,21 @@ class Tiler:
     """Upscales images whole or in tiles; where memory runs out it goes on with smaller pieces, and stays there."""
 
     def __init__(
-        self, network: UpscalingNetwork, tile: int | None, overlap: int, batch: int = 1, precision: str = "fp32"
+        self,
+        network: UpscalingNetwork,
+        tile: int | None = None,
+        overlap: int | None = None,
+        batch: int = 1,
+        precision: str = "fp32",
     ) -> None:
         """`tile`: side in low-resolution px, None for the whole image; `batch`: tiles worked on at once.
 
-        Tile and overlap are rounded up to windows. ValueError for a tile not above its overlap, or no batch.
+        Tile and overlap (None: `OVERLAP_WINDOWS`) are rounded up to windows. ValueError for a tile not above its
+        overlap, or no batch.
         """
         self.window = network.multiple
         self.tile = None if tile is None else _up(tile, self.window)
+        overlap = OVERLAP_WINDOWS * self.window if overlap is None else overlap
         self.overlap = _up(overlap, self.window)
         if overlap < 0 or (self.tile is not None and self.tile <= self.overlap):
             raise ValueError(
@@ -85,7 +92,16 @@ class Tiler:
                 f"out of memory even with tiles of {tile} px that overlap by {self.overlap} px: "
                 f"choose a smaller overlap, or free some memory ({reason})"
             )
-        log.warning("out of memory: going on with tiles of %s px, %d at once", self.tile or "all", self.batch)
+        log.warning("out of memory: going on with %s, %d at once", self.describe(), self.batch)
+
+    def describe(self) -> str:
+        """The tiles, and what they mean for the result."""
+        tiles = f"tiles of {self.tile} px that overlap by {self.overlap} px"
+        if self.network.arch == "hmanet":
+            return (
+                f"{tiles} (WARNING: HMANet attends across the whole image, so tiles are ANOTHER ANSWER than the whole)"
+            )
+        return f"{tiles} (what is farther away than they overlap is not seen)"
 
     def _pieces(self, x_bchw: Tensor, progress: Progress | None) -> Tensor:
         """An image of whole windows: all tiles have one size, and are begun anew at every call."""

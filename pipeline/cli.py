@@ -104,9 +104,15 @@ def upscale_images(
         int | None, typer.Option(help="Must be the network's; alone it means the registry's champion of that scale.")
     ] = None,
     tile: Annotated[
-        int | None, typer.Option(help="Side in px of the squares to work on; by default as free memory asks.")
+        int | None,
+        typer.Option(
+            help="Side in px of the squares to work on; by default as free memory asks. "
+            "Tiles of HMANet are another answer than the whole image."
+        ),
     ] = None,
-    tile_overlap: Annotated[int, typer.Option(help="How far neighbouring tiles overlap, px.")] = 32,
+    tile_overlap: Annotated[
+        int | None, typer.Option(help="How far neighbouring tiles overlap, px; default 4 windows of the network.")
+    ] = None,
     tile_batch: Annotated[int, typer.Option(help="Tiles worked on at once.")] = 1,
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="The mean over 8 flips and turns: a little better, 8 times slower.")

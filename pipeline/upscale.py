@@ -21,7 +21,7 @@ from model.blocks import NUM_FEAT, UpscalingNetwork
 from model.inference import upscale
 from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
 from model.precision import resolve_precision
-from model.tiles import OVERLAP, Tiler
+from model.tiles import Tiler
 from pipeline.progress import Display
 
 BODY_TENSORS = {"hat": 13, "hmanet": 40}
@@ -55,7 +55,7 @@ class Options:
     """How images are worked on; see `model.inference.upscale`."""
 
     tile: int | None = None
-    overlap: int = OVERLAP
+    overlap: int | None = None
     batch: int = 1
     ensemble: bool = False
     precision: str = "auto"
@@ -170,7 +170,10 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
     check_target(job.target, picture, network.scale)
 
     size = picture.pixels.shape[:2]
-    tile = options.tile or fitting_tile(network, size, options.overlap, _free_bytes(network))
+    overlap = Tiler(network, overlap=options.overlap).overlap
+    tile = options.tile or fitting_tile(network, size, overlap, _free_bytes(network))
+    if tile and max(size) > tile:
+        display.say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
 
     def progress(done: int, total: int) -> None:
         if total > 1:

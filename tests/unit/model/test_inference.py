@@ -16,9 +16,9 @@ from model.blocks import UpscalingNetwork
 from model.inference import upscale, upscale_tensor
 from model.init import bicubic_start
 from model.precision import resolve_precision
-from model.tiles import is_out_of_memory
+from model.tiles import Tiler, is_out_of_memory
 from tests.shared_data import ROOT, shared
-from tests.unit.model.tiny import tiny
+from tests.unit.model.tiny import tiny, tiny_hmanet
 
 
 def image(height: int, width: int) -> np.ndarray:
@@ -210,6 +210,26 @@ def test_tiles_of_a_photograph_equal_the_whole(case: str, tile: int, overlap: in
     assert difference.abs().max() <= 1e-3
 
 
+@pytest.mark.parametrize(("case", "tile"), [("hat_x3_w8", 64), ("hat_x2_w16", 96)], ids=["windows of 8", "of 16"])
+def test_tiles_at_the_default_overlap_equal_the_whole_once_trained(case: str, tile: int) -> None:
+    """The golden body, as loud beside the image as after a brief training: golden weights alone answer with noise."""
+    network, x = load(shared(f"golden/{case}.pth")), photograph()
+    body = network.conv_after_body.weight.detach().clone()
+    bicubic_start(network)
+    plain = upscale_tensor(network, x)
+    network.conv_after_body.weight.data += body / 40
+    whole = upscale_tensor(network, x)
+    assert (whole - plain).abs().max() >= 0.05, "the body must matter"
+    assert (upscale_tensor(network, x, tile=tile) - whole).abs().max() <= 1e-3
+
+
+def test_the_default_overlap_is_in_windows() -> None:
+    for network, what in ((tiny(window_size=16), "not seen"), (tiny_hmanet(), "ANOTHER ANSWER")):
+        with pytest.raises(ValueError, match=f"overlap={4 * network.multiple} px"):
+            upscale(network, image(8, 8), tile=network.multiple)
+        assert what in Tiler(network, 999).describe()
+
+
 def photograph() -> torch.Tensor:
     """(1, 3, 160, 208) in 0..1."""
     with Image.open(shared("data/benchmark/Set5/HR/baby.png")) as file:
@@ -223,7 +243,7 @@ class Greedy(torch.nn.Module):
     def __init__(self, limit: int, every: int = 2) -> None:
         super().__init__()
         self.scale, self.multiple, self.limit, self.every = 1, 8, limit, every
-        self.conv_first = torch.nn.Conv2d(3, 3, 1)
+        self.arch, self.conv_first = "hat", torch.nn.Conv2d(3, 3, 1)
         self.sizes: list[tuple[int, ...]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +261,7 @@ def test_out_of_memory_halves_the_batch_then_the_tile(caplog: pytest.LogCaptureF
     assert network.sizes[-1] == (1, 3, 24, 24)
     assert {size[2] for size in network.sizes} == {48, 24}
     assert torch.equal(out, upscale_tensor(Greedy(1 << 40), x, tile=24, overlap=8))  # type: ignore[arg-type]
-    assert "going on with tiles of 24 px, 1 at once" in caplog.text
+    assert "going on with tiles of 24 px that overlap by 8 px (" in caplog.text
 
 
 def test_a_whole_image_is_tried_once_whatever_the_batch() -> None:

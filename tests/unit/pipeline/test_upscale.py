@@ -71,6 +71,7 @@ def test_safetensors_and_every_option(hatchery, tmp_path) -> None:
     )
     assert code == 0
     assert "hmanet x1, fp32 on" in out
+    assert "in.png: tiles of 16 px that overlap by 8 px (WARNING: HMANet attends across the whole image" in out
     assert np.array_equal(read_picture(tmp_path / "out.png").pixels, levels(24, 30))
 
 
