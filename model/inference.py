@@ -43,7 +43,8 @@ def upscale(
     image, are another answer. `batch`: tiles worked on at once. `ensemble`: the mean over the image's
     8 flips and turns. `precision`: fp32, bf16 or auto (bf16 where the device has it). `device`: where to work; the
     network is moved there, by default it stays where it is. `progress` is told the tiles done and their number.
-    ValueError for another dtype or shape, or a tile not above its overlap; MemoryError where no tile fits.
+    ValueError for another dtype or shape, a tile not above its overlap, or a network in fp16 (bf16 is good);
+    MemoryError where no tile fits.
     """
     image = _checked(image)
     if device is not None:

@@ -48,7 +48,7 @@ class Tiler:
         """`tile`: side in low-resolution px, None for the whole image; `batch`: tiles worked on at once.
 
         Tile and overlap (None: `OVERLAP_WINDOWS`) are rounded up to windows. ValueError for a tile not above its
-        overlap, or no batch.
+        overlap, no batch, or a network in fp16.
         """
         self.window = network.multiple
         self.tile = None if tile is None else _up(tile, self.window)
@@ -62,7 +62,9 @@ class Tiler:
         if batch < 1:
             raise ValueError(f"batch={batch}: at least one tile must be worked on at once")
         self.network, self.batch, self.precision = network, batch, precision
-        self.device = network.conv_first.weight.device
+        self.device, self.dtype = network.conv_first.weight.device, network.conv_first.weight.dtype
+        if self.dtype == torch.float16:
+            raise ValueError("the network is in float16, which its activations overflow: call .float() or .bfloat16()")
 
     def __call__(self, low_res_bchw: Tensor, progress: Progress | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, 3, scale H, scale W) on the same device; MemoryError where no piece is small enough."""
@@ -125,7 +127,7 @@ class Tiler:
 
     def _run(self, x_bchw: Tensor) -> Tensor:
         with computing(self.precision, self.device):
-            return self.network(x_bchw.to(self.device)).to(x_bchw)
+            return self.network(x_bchw.to(self.device, self.dtype)).to(x_bchw)
 
 
 class _Span:

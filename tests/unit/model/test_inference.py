@@ -192,6 +192,15 @@ def test_bf16_is_used_and_near() -> None:
     assert 0 < (rounded - exact).abs().max() < 0.02
 
 
+def test_networks_in_other_types_work_or_say_why() -> None:
+    low_res = image(16, 16)
+    exact = upscale(bicubic(), low_res)
+    assert np.abs(upscale(bicubic().bfloat16(), low_res).astype(int) - exact).max() <= 8
+    assert np.array_equal(upscale(bicubic().double(), low_res), exact)
+    with pytest.raises(ValueError, match=r"float16, which its activations overflow: call \.float\(\) or \.bfloat16"):
+        upscale(bicubic().half(), low_res)
+
+
 def test_auto_follows_the_device() -> None:
     flags = Path("/proc/cpuinfo").read_text()
     expected = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
