@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,28 @@ def test_networks_in_other_types_work_or_say_why() -> None:
     assert np.array_equal(upscale(bicubic().double(), low_res), exact)
     with pytest.raises(ValueError, match=r"float16, which its activations overflow: call \.float\(\) or \.bfloat16"):
         upscale(bicubic().half(), low_res)
+
+
+@pytest.fixture
+def tf32_places() -> Iterator[list[Any]]:
+    places: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [place.allow_tf32 for place in places]
+    yield places
+    for place, allowed in zip(places, before, strict=True):
+        place.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_fp32_is_no_tf32(allowed: bool, tf32_places: list[Any]) -> None:
+    for place in tf32_places:
+        place.allow_tf32 = allowed
+    seen: list[bool] = []
+    network = tiny()
+    network.register_forward_pre_hook(lambda *_: seen.extend(place.allow_tf32 for place in tf32_places))
+    upscale_tensor(network, torch.rand(1, 3, 8, 8), precision="fp32")
+    upscale_tensor(network, torch.rand(1, 3, 8, 8), precision="bf16")
+    assert seen == [False, False, allowed, allowed]
+    assert [place.allow_tf32 for place in tf32_places] == [allowed, allowed]
 
 
 def test_auto_follows_the_device() -> None:
