@@ -81,10 +81,10 @@ class Tiler:
             self._shrink(max(padded_bchw.shape[2:]), reason)
 
     def _shrink(self, side: int, reason: str) -> None:
-        """Halve the batch where there are several tiles, then the tile, down to the overlap and a window."""
+        """Halve the batch where there are several tiles, then the tile, down to the smallest that is useful."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tile, smallest = min(self.tile or side, side), self.overlap + self.window
+        tile, smallest = min(self.tile or side, side), smallest_tile(self.overlap, self.window)
         if self.batch > 1 and tile < side:
             self.batch //= 2
         elif tile > smallest:
@@ -166,6 +166,11 @@ def _fade(start: int, tile: int, length: int, overlap: int, scale: int) -> Tenso
     dropped = overlap * scale * 3 // 8
     rise = overlap * scale - 2 * dropped + 1
     return ((torch.minimum(before, after) - dropped + 1) / rise).clamp(0, 1)
+
+
+def smallest_tile(overlap: int, window: int) -> int:
+    """Side of the smallest useful tile: below twice the overlap every pixel is computed more than 4 times."""
+    return max(2 * overlap, window)
 
 
 def _up(length: int, multiple: int) -> int:
