@@ -118,6 +118,10 @@ def upscale_images(
         bool, typer.Option("--ensemble", help="The mean over 8 flips and turns: a little better, 8 times slower.")
     ] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the processor has it.")] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="By torch.compile: minutes for each new size; needs a C++ compiler."),
+    ] = False,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow; default $MLFLOW_TRACKING_URI, else runs/mlflow.db.")
     ] = None,
@@ -134,7 +138,7 @@ def upscale_images(
 
     jobs = upscale.plan(source, target)
     network, name = upscale.open_network(upscale.Source(weights, model, scale, tracking_uri, interval_size))
-    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision)
+    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled)
     problems = upscale.run(jobs, network, name, options, Console(width=None if sys.stdout.isatty() else 120))
     for problem in problems:
         typer.echo(f"hatchery: {problem}", err=True)

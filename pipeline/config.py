@@ -59,6 +59,10 @@ class ComputeConfig(Settings):
     activation_checkpoint: Literal["none", "block"] = Field(
         "none", description="block: recompute each block's activations in the backward pass"
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile the network: minutes at the first step, needs a C++ compiler; ZeRO 0 to 2",
+    )
     loader_workers: int = Field(0, ge=0, description="data loading processes per training process (0: in-process)")
     max_failures: int = Field(3, ge=-1, description="restarts after lost workers before the run fails (-1: no limit)")
     hang_timeout_s: float = Field(
@@ -90,6 +94,8 @@ class ComputeConfig(Settings):
             raise ValueError(f"num_workers {list(self.num_workers)} must be [min, max]: swap them")  # type: ignore[arg-type]
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload 'optimizer' needs a partitioned optimizer: set zero_stage to 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile does not go with zero_stage 3, which gathers weights by layer: use 0, 1 or 2")
         if self.profile_steps and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"profile_steps {list(self.profile_steps)} must be [first, last], from 1 on")
         return self

@@ -64,6 +64,8 @@ class Options:
     batch: int = 1
     ensemble: bool = False
     precision: str = "auto"
+    compile: bool = False
+    """By torch.compile: for tiles, or many images of one size, since each new size is compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
     device = network.conv_first.weight.device
     precision = resolve_precision(options.precision, device)
     Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
+    if options.compile:
+        network.compile(dynamic=False)
     problems = []
     with Display(console) as display:
         display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {device.type}")
@@ -187,7 +191,8 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
         if total > 1:
             display.update(done, total, "tiles")
 
-    pixels = upscale(network, picture.pixels, **(asdict(options) | {"tile": tile}), progress=progress)
+    how = {name: value for name, value in asdict(options).items() if name != "compile"}
+    pixels = upscale(network, picture.pixels, **(how | {"tile": tile}), progress=progress)
     write_picture(job.target, Picture(pixels, picture.profile))
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
     tiles = f", tiles of {tile} px" if tile else ""

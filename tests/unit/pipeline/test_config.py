@@ -67,6 +67,7 @@ def test_where_a_recipe_runs_is_not_what_it_is() -> None:
         ("compute.micro_batch=all", ["micro_batch", "all"]),
         ("compute.num_workers=9", ["global_batch 8", "num_workers 9"]),
         ("compute.num_workers=[3,2]", ["num_workers [3, 2]", "swap"]),
+        ("compute={compile: true, zero_stage: 3}", ["compile does not go with zero_stage 3", "0, 1 or 2"]),
         ("compute.profile_steps=[5,2]", ["profile_steps [5, 2]", "first"]),
         ("validation.export=best", ["export 'best'", "set every"]),
         ("phases.pretrain.patch_px=30", ["30", "24"]),

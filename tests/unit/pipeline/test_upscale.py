@@ -253,6 +253,24 @@ def test_a_containers_cached_files_count_as_free(tmp_path, monkeypatch) -> None:
     assert _free_bytes(network) > 400 or everything <= 400
 
 
+def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monkeypatch) -> None:
+    """By the compiler's front end alone: its back end would take minutes."""
+    asked: list[dict[str, object]] = []
+
+    def compile_eagerly(network: torch.nn.Module, **options: object) -> None:
+        asked.append(options)
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    write_picture(tmp_path / "in.png", Picture(levels(24, 16)))
+    arguments = ["--weights", weights, "--precision", "fp32"]
+    assert hatchery("upscale", tmp_path / "in.png", tmp_path / "plain.png", *arguments)[0] == 0
+    assert hatchery("upscale", tmp_path / "in.png", tmp_path / "compiled.png", *arguments, "--compile")[0] == 0
+    assert asked == [{"dynamic": False}]
+    plain, compiled = (read_picture(tmp_path / f"{name}.png").pixels.astype(int) for name in ("plain", "compiled"))
+    assert np.abs(plain - compiled).max() <= 1
+
+
 def test_too_little_memory_is_one_line(hatchery, weights, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("pipeline.upscale._free_bytes", lambda network: 10**6)
     write_picture(tmp_path / "in.png", Picture(levels(80, 80)))
