@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from model.lean import Linear, Remake, is_traced
 from model.plain_attention import plain_attention
-from model.window_kernel import Attention, gather_bias, window_attention
+from model.window_kernel import Attention, cached_bias, gather_bias, window_attention
 from model.windows import Runs, Squares, key_image
 
 HEAD_MULTIPLE = 8
@@ -60,7 +60,8 @@ def filled_attention(multiple: int, attention: Attention, table_pa: Tensor, *ima
     q = _split_heads(cut.windows(images[0]), attention.num_heads)
     k, v = (_split_heads(cut.key_windows(key_image(x, cut)), attention.num_heads) for x in images[1:])
     index_nm = attention.index_rows(0, q.shape[4])
-    bias_anm = gather_bias(table_pa, index_nm, q.dtype)
+    gather = gather_bias if torch.is_grad_enabled() or is_traced() else cached_bias
+    bias_anm = gather(table_pa, index_nm, q.dtype)
     masks = attention.masks_gnm
     if masks is None:
         out_byxand = attend(q, k, v, bias_anm, multiple)

@@ -57,9 +57,14 @@ def _reflected(length: int, multiple: int) -> Tensor:
     return torch.minimum(position, (period - position).clamp(max=length - 1)).clamp(min=0)
 
 
+def _on_cpu(network: UpscalingNetwork) -> UpscalingNetwork:
+    """A copy in fp32."""
+    return copy.deepcopy(network).cpu().float()
+
+
 def export_program(network: UpscalingNetwork) -> ExportedProgram:
     """A `torch.export` program on the CPU; sides of more than one window, in any combination."""
-    module = Padded(copy.deepcopy(network).cpu().float()).eval()
+    module = Padded(_on_cpu(network)).eval()
     window = network.multiple
     example = torch.zeros(1, 3, 3 * window + 1, 2 * window + 3)
     sides = {2: Dim("height", min=window + 1, max=LARGEST_PX), 3: Dim("width", min=window + 1, max=LARGEST_PX)}
@@ -114,9 +119,13 @@ def require_onnx() -> None:
 
 
 def onnx_difference(path: str | Path, network: UpscalingNetwork) -> float:
-    """Largest difference between an ONNX file in onnxruntime and the network, over small and odd sizes."""
+    """Largest difference between an ONNX file in onnxruntime and the network, over small and odd sizes.
+
+    Both in fp32 on the CPU, as the graph was made, wherever and in whatever the network computes.
+    """
     import onnxruntime
 
+    network = _on_cpu(network)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     window = network.multiple
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +133,7 @@ def onnx_difference(path: str | Path, network: UpscalingNetwork) -> float:
     for height, width in ((2 * window, 3 * window), (3 * window + 5, window + 1), (window // 2, 2 * window - 1)):
         low_res = torch.rand(1, 3, height, width, generator=generator)
         (high_res,) = session.run(None, {"low_res": low_res.numpy()})
-        worst = max(worst, float(np.abs(high_res - upscale_tensor(network, low_res).cpu().numpy()).max()))
+        worst = max(worst, float(np.abs(high_res - upscale_tensor(network, low_res).numpy()).max()))
     return worst
 
 

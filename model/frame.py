@@ -67,8 +67,8 @@ class FrameConfig:
 
     @property
     def mlp_dim(self) -> int:
-        """Hidden channels of an MLP."""
-        return int(self.embed_dim * self.mlp_ratio)
+        """Hidden channels of an MLP: the product rounded down, but not for its last digits (60 * (123 / 60) < 123)."""
+        return int(round(self.embed_dim * self.mlp_ratio, 6))
 
     @property
     def drop_path_rates(self) -> list[list[float]]:

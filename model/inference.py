@@ -13,7 +13,7 @@ from torch import Tensor
 from model.blocks import UpscalingNetwork
 from model.ensemble import ensemble as mean_of_turns
 from model.ensemble import part
-from model.tiles import OVERLAP, Progress, Tiler
+from model.tiles import Progress, Tiler
 
 Level = TypeVar("Level", np.uint8, np.uint16)
 LEVELS = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
@@ -25,7 +25,7 @@ def upscale(
     image: NDArray[Level],
     *,
     tile: int | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     batch: int = 1,
     ensemble: bool = False,
     precision: str = "fp32",
@@ -37,12 +37,14 @@ def upscale(
     uint8 or uint16; C is 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGB and alpha). Values are rounded half to
     even and clipped. Gray goes through the network as three equal channels, whose mean is taken; so does alpha.
 
-    `tile`: side in low-resolution px of the squares to work on, for large images; neighbours share `overlap` px,
-    in whose middle one fades into the next; both are rounded up to the network's windows. Out of memory, the tile
-    is halved (from the whole image, too). `batch`: tiles worked on at once. `ensemble`: the mean over the image's
+    `tile`: side in low-resolution px of the squares to work on, for large images; neighbours share `overlap` px
+    (default: 4 of the network's windows), in whose middle one fades into the next; both are rounded up to windows.
+    Out of memory, the tile is halved (from the whole image, too). Tiles of HMANet, which attends across the whole
+    image, are another answer. `batch`: tiles worked on at once. `ensemble`: the mean over the image's
     8 flips and turns. `precision`: fp32, bf16 or auto (bf16 where the device has it). `device`: where to work; the
     network is moved there, by default it stays where it is. `progress` is told the tiles done and their number.
-    ValueError for another dtype or shape, or a tile not above its overlap; MemoryError where no tile fits.
+    ValueError for another dtype or shape, a tile not above its overlap, or a network in fp16 (bf16 is good);
+    MemoryError where no tile fits.
     """
     image = _checked(image)
     if device is not None:
@@ -62,7 +64,7 @@ def upscale_tensor(
     low_res_bchw: Tensor,
     *,
     tile: int | None = None,
-    overlap: int = OVERLAP,
+    overlap: int | None = None,
     batch: int = 1,
     ensemble: bool = False,
     precision: str = "fp32",

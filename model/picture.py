@@ -6,6 +6,8 @@ Pillow reads and writes 8 bits a channel; 16-bit PNG goes through imagecodecs, T
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from model.files import write_atomically
 
@@ -23,9 +25,16 @@ ORIENTATION = 0x0112
 """EXIF's and TIFF's tag number."""
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 BROKEN = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error, Image.DecompressionBombError),
+    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError),
+    *(struct.error, zlib.error),
     RuntimeError,  # imagecodecs'
+    MemoryError,  # a damaged header may name any size
 )
+"""What decoders raise where a file is damaged."""
+LARGEST_PX = 2**30
+"""Of a picture that is read. A damaged header may name more, and a small file may hold more than any memory."""
+BIG_TIFF_BYTES = 2**31
+"""From so many bytes of pixels on a TIFF file is written with 64-bit positions: those of 32 end at 4 GiB."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +45,18 @@ class Format:
     """16 bits a channel."""
     alpha: bool = False
     """An alpha channel."""
+    largest_side_px: int | None = None
+    """Longest side, where there is a limit that can be met."""
     options: tuple[tuple[str, Any], ...] = ()
     """For Pillow's `save`."""
 
 
-JPEG = Format(options=(("quality", 95), ("subsampling", 0)))
+JPEG = Format(largest_side_px=65500, options=(("quality", 95), ("subsampling", 0)))
 FORMATS: dict[str, Format] = {
     ".png": Format(deep=True, alpha=True),
     ".tif": Format(deep=True, alpha=True),
     ".tiff": Format(deep=True, alpha=True),
-    ".webp": Format(alpha=True, options=(("lossless", True),)),
+    ".webp": Format(alpha=True, largest_side_px=16383, options=(("lossless", True),)),
     ".jpg": JPEG,
     ".jpeg": JPEG,
     ".bmp": Format(),
@@ -66,29 +77,68 @@ class Picture:
 def read_picture(path: str | Path) -> Picture:
     """The picture in a file, turned as its EXIF orientation says; palettes, CMYK and the like become RGB.
 
-    ValueError, naming the file, where it is missing, broken, animated, or has float pixels.
+    ValueError, naming the file, where it is missing, broken, animated, has float pixels or more than `LARGEST_PX`.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
         deep_tiff = _deep_tiff(data) if data[:4] in TIFF_SIGNATURES else None
-        return deep_tiff or _picture(data)
+        with _own_limit():
+            return deep_tiff or _picture(data)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} cannot be read: it is no image, or of a kind that is not known here") from error
     except BROKEN as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+@contextmanager
+def _own_limit() -> Iterator[None]:
+    """Without Pillow's limit, 179 Mpx, which cameras reach."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _refuse_larger(height: int, width: int) -> None:
+    if height * width > LARGEST_PX:
+        raise ValueError(f"it has {width} x {height} px, of at most {LARGEST_PX} that are read: cut it into parts")
 
 
 def _picture(data: bytes) -> Picture:
     """A picture in any file but a TIFF of 16 bits."""
     with Image.open(io.BytesIO(data)) as image:
+        _refuse_larger(image.height, image.width)
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError("it holds several pictures, not one")
-        profile = image.info.get("icc_profile")
         pixels = _deep_pixels(data, image)
         if pixels is None:
-            return Picture(_eight_bit_pixels(ImageOps.exif_transpose(image)), profile)
-        return Picture(_turned(pixels, image.getexif().get(ORIENTATION, 1)), profile)
+            turned = _cmyk_to_srgb(ImageOps.exif_transpose(image))
+            return _with_fitting_profile(_eight_bit_pixels(turned), turned.info.get("icc_profile"))
+        turns = image.getexif().get(ORIENTATION, 1)
+        return _with_fitting_profile(_turned(pixels, turns), image.info.get("icc_profile"))
+
+
+def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
+    """A CMYK image in sRGB, as its profile says; as it is where it has none that can be used, and other images."""
+    profile = image.info.get("icc_profile")
+    if image.mode != "CMYK" or not profile:
+        return image
+    try:
+        ours, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, ours, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    assert converted is not None
+    return converted
+
+
+def _with_fitting_profile(pixels: NDArray[Any], profile: bytes | None) -> Picture:
+    """A picture; a profile of another colour space than its pixels are in (the file's were converted) is dropped."""
+    colour_space = b"GRAY" if pixels.shape[2] < 3 else b"RGB "
+    return Picture(pixels, profile if profile and profile[16:20] == colour_space else None)
 
 
 def _deep_pixels(data: bytes, image: Image.Image) -> NDArray[Any] | None:
@@ -115,6 +165,7 @@ def _deep_tiff(data: bytes) -> Picture | None:
             raise ValueError(f"its pixels are {page.dtype}; convert it to 8 or 16 bits")
         if len(tiff.pages) > 1:
             raise ValueError("it holds several pictures, not one")
+        _refuse_larger(page.imagelength, page.imagewidth)
         pixels = page.asarray()
         tag = page.tags.get(ORIENTATION)
         profile = page.iccprofile
@@ -125,7 +176,7 @@ def _deep_tiff(data: bytes) -> Picture | None:
     elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
         raise ValueError("16-bit pixels are known here as gray or RGB only; convert it to RGB")
     pixels = np.atleast_3d(pixels).astype(np.uint16, copy=False)
-    return Picture(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
+    return _with_fitting_profile(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
 
 
 def _eight_bit_pixels(image: Image.Image) -> NDArray[Any]:
@@ -148,8 +199,8 @@ def _turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(pixels)
 
 
-def check_target(path: str | Path, like: Picture | None = None) -> None:
-    """ValueError where a file's ending is unknown, or cannot hold what the picture has."""
+def check_target(path: str | Path, like: Picture | None = None, scale: int = 1) -> None:
+    """ValueError where a file's ending is unknown, or cannot hold what the picture has, at `scale` times its size."""
     kind = FORMATS.get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: choose an ending among {', '.join(FORMATS)}")
@@ -157,6 +208,11 @@ def check_target(path: str | Path, like: Picture | None = None) -> None:
         raise ValueError(f"{path} cannot hold 16 bits a channel: choose .png or .tif")
     if like is not None and like.pixels.shape[2] in (2, 4) and not kind.alpha:
         raise ValueError(f"{path} cannot hold an alpha channel: choose .png, .webp or .tif")
+    if like is not None and kind.largest_side_px and max(like.pixels.shape[:2]) * scale > kind.largest_side_px:
+        height, width = (side * scale for side in like.pixels.shape[:2])
+        raise ValueError(
+            f"{path} cannot hold {width} x {height} px, at most {kind.largest_side_px} a side: choose .png or .tif"
+        )
 
 
 def write_picture(path: str | Path, picture: Picture) -> None:
@@ -198,6 +254,7 @@ def _tiff(pixels: NDArray[Any], picture: Picture) -> bytes:
         extrasamples=["unassalpha"] if channels in (2, 4) else None,
         planarconfig="contig" if channels > 1 else None,
         compression="zlib",
+        bigtiff=pixels.nbytes >= BIG_TIFF_BYTES,
         iccprofile=picture.profile,
         metadata=None,
     )

@@ -1,7 +1,9 @@
 """What a network computes in: fp32, or bf16 under autocast where the device has it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,7 +25,20 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
 
-def computing(wanted: str, device: torch.device) -> torch.autocast:
-    """A context in which a network of fp32 weights computes as wanted (see `resolve_precision`)."""
+@contextmanager
+def computing(wanted: str, device: torch.device) -> Iterator[None]:
+    """A context in which a network of fp32 weights computes as wanted (see `resolve_precision`).
+
+    fp32 means it: on GPUs PyTorch would have convolutions round their inputs to TF32, as coarse as fp16.
+    """
     bf16 = resolve_precision(wanted, device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    places: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed and bf16
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed

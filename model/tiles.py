@@ -17,11 +17,19 @@ from torch import Tensor
 from model.blocks import UpscalingNetwork
 from model.precision import computing
 
-OVERLAP = 32
-"""Default overlap of neighbouring tiles, low-resolution px."""
+OVERLAP_WINDOWS = 4
+"""Default overlap of neighbouring tiles, in windows: attention hands on what it sees from window to window."""
 
 Progress = Callable[[int, int], None]
 """Called with the tiles done and their number, which starts anew where memory asks for smaller tiles."""
+
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
+    "could not create a primitive",  # oneDNN names no reason: lack of memory is what makes it fail on known shapes
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    "unable to find an engine to execute",  # cuDNN's, where no algorithm's workspace fits
+)
+"""What errors say that have no type of their own for it."""
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +38,21 @@ class Tiler:
     """Upscales images whole or in tiles; where memory runs out it goes on with smaller pieces, and stays there."""
 
     def __init__(
-        self, network: UpscalingNetwork, tile: int | None, overlap: int, batch: int = 1, precision: str = "fp32"
+        self,
+        network: UpscalingNetwork,
+        tile: int | None = None,
+        overlap: int | None = None,
+        batch: int = 1,
+        precision: str = "fp32",
     ) -> None:
         """`tile`: side in low-resolution px, None for the whole image; `batch`: tiles worked on at once.
 
-        Tile and overlap are rounded up to windows. ValueError for a tile not above its overlap, or no batch.
+        Tile and overlap (None: `OVERLAP_WINDOWS`) are rounded up to windows. ValueError for a tile not above its
+        overlap, no batch, or a network in fp16.
         """
         self.window = network.multiple
         self.tile = None if tile is None else _up(tile, self.window)
+        overlap = OVERLAP_WINDOWS * self.window if overlap is None else overlap
         self.overlap = _up(overlap, self.window)
         if overlap < 0 or (self.tile is not None and self.tile <= self.overlap):
             raise ValueError(
@@ -47,7 +62,9 @@ class Tiler:
         if batch < 1:
             raise ValueError(f"batch={batch}: at least one tile must be worked on at once")
         self.network, self.batch, self.precision = network, batch, precision
-        self.device = network.conv_first.weight.device
+        self.device, self.dtype = network.conv_first.weight.device, network.conv_first.weight.dtype
+        if self.dtype == torch.float16:
+            raise ValueError("the network is in float16, which its activations overflow: call .float() or .bfloat16()")
 
     def __call__(self, low_res_bchw: Tensor, progress: Progress | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, 3, scale H, scale W) on the same device; MemoryError where no piece is small enough."""
@@ -64,11 +81,11 @@ class Tiler:
             self._shrink(max(padded_bchw.shape[2:]), reason)
 
     def _shrink(self, side: int, reason: str) -> None:
-        """Halve the batch, then the tile, down to the overlap and a window."""
+        """Halve the batch where there are several tiles, then the tile, down to the smallest that is useful."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        tile, smallest = min(self.tile or side, side), self.overlap + self.window
-        if self.batch > 1:
+        tile, smallest = min(self.tile or side, side), smallest_tile(self.overlap, self.window)
+        if self.batch > 1 and tile < side:
             self.batch //= 2
         elif tile > smallest:
             self.tile = max(_up(tile // 2, self.window), smallest)
@@ -77,7 +94,16 @@ class Tiler:
                 f"out of memory even with tiles of {tile} px that overlap by {self.overlap} px: "
                 f"choose a smaller overlap, or free some memory ({reason})"
             )
-        log.warning("out of memory: going on with tiles of %s px, %d at once", self.tile or "all", self.batch)
+        log.warning("out of memory: going on with %s, %d at once", self.describe(), self.batch)
+
+    def describe(self) -> str:
+        """The tiles, and what they mean for the result."""
+        tiles = f"tiles of {self.tile} px that overlap by {self.overlap} px"
+        if self.network.arch == "hmanet":
+            return (
+                f"{tiles} (WARNING: HMANet attends across the whole image, so tiles are ANOTHER ANSWER than the whole)"
+            )
+        return f"{tiles} (what is farther away than they overlap is not seen)"
 
     def _pieces(self, x_bchw: Tensor, progress: Progress | None) -> Tensor:
         """An image of whole windows: all tiles have one size, and are begun anew at every call."""
@@ -101,7 +127,7 @@ class Tiler:
 
     def _run(self, x_bchw: Tensor) -> Tensor:
         with computing(self.precision, self.device):
-            return self.network(x_bchw.to(self.device)).to(x_bchw)
+            return self.network(x_bchw.to(self.device, self.dtype)).to(x_bchw)
 
 
 class _Span:
@@ -142,6 +168,11 @@ def _fade(start: int, tile: int, length: int, overlap: int, scale: int) -> Tenso
     return ((torch.minimum(before, after) - dropped + 1) / rise).clamp(0, 1)
 
 
+def smallest_tile(overlap: int, window: int) -> int:
+    """Side of the smallest useful tile: below twice the overlap every pixel is computed more than 4 times."""
+    return max(2 * overlap, window)
+
+
 def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
@@ -164,9 +195,5 @@ def _reflected(length: int, multiple: int) -> Tensor:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or the CPU, whose errors have no type of their own.
-
-    oneDNN names no reason: lack of memory is what makes it fail on shapes that it knows.
-    """
-    words = ("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "could not create a primitive")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+    """Whether an error says that memory ran out, on a GPU or the CPU (see `OUT_OF_MEMORY`)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)

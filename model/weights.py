@@ -19,10 +19,12 @@ from model.files import write_atomically
 from model.presets import build
 
 StateDict = dict[str, Tensor]
+LAYOUTS = ("params_ema", "params", "state_dict")
+"""Where a `.pth` file may hold its tensors, the first that is not empty counting."""
 
 
 def read_weights(path: str | Path) -> StateDict:
-    """Tensors by name from a `.safetensors` file or a `.pth` that holds params_ema, params or them alone.
+    """Tensors by name from a `.safetensors` file or a `.pth` that holds them in one of `LAYOUTS` or alone.
 
     On the CPU. ValueError for a file that is missing, damaged, without tensors, or that would run code.
     """
@@ -76,16 +78,19 @@ def _read_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is not a readable PyTorch file: {error}") from error
 
 
-def _state_dict_in(content: Any, path: Path) -> StateDict:
-    for name in ("params_ema", "params"):
-        if isinstance(content, dict) and name in content:
+def _state_dict_in(content: Any, source: Path | str) -> StateDict:
+    """The tensors by name, without the `module.` that DataParallel puts before them."""
+    for name in LAYOUTS:
+        if isinstance(content, Mapping) and content.get(name):
             content = content[name]
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds no state dict: expected params_ema, params or tensors by name")
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{source} holds no state dict: expected {', '.join(LAYOUTS)} or tensors by name")
     for name, value in content.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
-    return dict(content)
+            raise ValueError(f"{source}: {name!r} is a {type(value).__name__}, not a tensor")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name.removeprefix(prefix): value for name, value in content.items()}
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -151,14 +156,15 @@ def _groups(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
     return [len(group) for group in groups], [group[0].shape[1] for group in groups]
 
 
-def load(weights: str | Path | Mapping[str, Tensor], **overrides: Any) -> UpscalingNetwork:
-    """The network that a weights file or state dict belongs to, on the CPU, in eval mode.
+def load(weights: str | Path | Mapping[str, Any], **overrides: Any) -> UpscalingNetwork:
+    """The network that a weights file or state dict belongs to, on the CPU, in eval mode, in fp32.
 
+    A mapping may have the layouts that a `.pth` file may have.
     Its sizes come from the shapes, what shapes do not tell (e.g. HMANet's interval_size) from the config in a
     safetensors file's header, else the published values; `overrides` are arguments of `build` and come first.
     ValueError for an unreadable file, an unknown architecture, or weights that do not fit.
     """
-    state = weights if isinstance(weights, Mapping) else read_weights(weights)
+    state = _state_dict_in(weights, "the mapping") if isinstance(weights, Mapping) else read_weights(weights)
     untold = {} if isinstance(weights, Mapping) else _config_of(Path(weights))
     network = build(**(untold | recognise(state) | overrides))
     load_strictly(network, state)

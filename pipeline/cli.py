@@ -106,14 +106,24 @@ def upscale_images(
         int | None, typer.Option(help="Must be the network's; alone it means the registry's champion of that scale.")
     ] = None,
     tile: Annotated[
-        int | None, typer.Option(help="Side in px of the squares to work on; by default as free memory asks.")
+        int | None,
+        typer.Option(
+            help="Side in px of the squares to work on; by default as free memory asks. "
+            "Tiles of HMANet are another answer than the whole image."
+        ),
     ] = None,
-    tile_overlap: Annotated[int, typer.Option(help="How far neighbouring tiles overlap, px.")] = 32,
+    tile_overlap: Annotated[
+        int | None, typer.Option(help="How far neighbouring tiles overlap, px; default 4 windows of the network.")
+    ] = None,
     tile_batch: Annotated[int, typer.Option(help="Tiles worked on at once.")] = 1,
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="The mean over 8 flips and turns: a little better, 8 times slower.")
     ] = False,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the processor has it.")] = "auto",
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="By torch.compile: minutes for each new size; needs a C++ compiler."),
+    ] = False,
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow; default $MLFLOW_TRACKING_URI, else runs/mlflow.db.")
     ] = None,
@@ -130,7 +140,7 @@ def upscale_images(
 
     jobs = upscale.plan(source, target)
     network, name = upscale.open_network(upscale.Source(weights, model, scale, tracking_uri, interval_size))
-    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision)
+    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled)
     problems = upscale.run(jobs, network, name, options, Console(width=None if sys.stdout.isatty() else 120))
     for problem in problems:
         typer.echo(f"hatchery: {problem}", err=True)
@@ -195,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, PermissionError, MemoryError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         sys.stderr.write(f"hatchery: {_one_line(error)}\n")

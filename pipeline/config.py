@@ -67,6 +67,10 @@ class ComputeConfig(Settings):
     activation_checkpoint: Literal["none", "block"] = Field(
         "none", description="block: recompute each block's activations in the backward pass"
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile the network: minutes at the first step, needs a C++ compiler; ZeRO 0 to 2",
+    )
     loader_workers: int = Field(0, ge=0, description="data loading processes per training process (0: in-process)")
     cache_dir: str | None = Field(
         None, description="local folder of each node for shards from S3; default: the user's, in the temporary folder"
@@ -110,6 +114,8 @@ class ComputeConfig(Settings):
             raise ValueError(f"num_workers {list(self.num_workers)} must be [min, max]: swap them")  # type: ignore[arg-type]
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload 'optimizer' needs a partitioned optimizer: set zero_stage to 1, 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile does not go with zero_stage 3, which gathers weights by layer: use 0, 1 or 2")
         if self.profile_steps and not 0 < self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError(f"profile_steps {list(self.profile_steps)} must be [first, last], from 1 on")
         if self.cache_dir is not None and not os.path.isabs(self.cache_dir):

@@ -15,12 +15,13 @@ import psutil
 import torch
 from rich.console import Console
 
+from data_prep import jpeg, jpeg_header
 from model import load
 from model.blocks import NUM_FEAT, UpscalingNetwork
 from model.inference import upscale
 from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
 from model.precision import resolve_precision
-from model.tiles import OVERLAP, Tiler
+from model.tiles import Tiler, smallest_tile
 from pipeline.progress import Display
 
 BODY_TENSORS = {"hat": 13, "hmanet": 40}
@@ -28,8 +29,13 @@ HEAD_TENSORS = 3
 """How many tensors of embed_dim channels, or of NUM_FEAT channels in high resolution, exist at once. Measured for
 HAT in fp32: 8.6 kB a pixel at x2, where the body weighs most, 11.8 kB at x4, where the head does; HMANet: 17.9 kB
 at 224 px, growing with the size, since its grids do: hence 40."""
+OUTPUT_TENSORS = 3
+"""How many float RGB images of the result's size exist at once, one more with --ensemble, two more with alpha. Measured
+at x4, where one takes 192 bytes a low-resolution pixel: 560 bytes, with --ensemble 763, with alpha 937."""
 MEMORY_SHARE = 0.6
-"""Of the free memory, for an image."""
+"""Of the memory that the result leaves free, for the network."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container (version 2) of its limits."""
 KINDS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
 
 
@@ -54,10 +60,12 @@ class Options:
     """How images are worked on; see `model.inference.upscale`."""
 
     tile: int | None = None
-    overlap: int = OVERLAP
+    overlap: int | None = None
     batch: int = 1
     ensemble: bool = False
     precision: str = "auto"
+    compile: bool = False
+    """By torch.compile: for tiles, or many images of one size, since each new size is compiled anew."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +95,18 @@ def plan(source: str, target: str) -> list[Job]:
         check_target(jobs[0].target)
     else:
         raise ValueError(f"{source} does not exist: name an image or a folder of images")
+    _refuse_below_a_file(into)
     for job in jobs:
         if job.target.resolve() == job.source.resolve():
             raise ValueError(f"{target} would overwrite {job.source}: name another place for the result")
     return jobs
+
+
+def _refuse_below_a_file(target: Path) -> None:
+    """ValueError where a folder that the target needs is a file."""
+    for folder in target.parents:
+        if folder.is_file():
+            raise ValueError(f"{target} cannot be written: {folder} is a file, no folder")
 
 
 def _is_below(path: Path, target: Path, source: str) -> bool:
@@ -139,6 +155,8 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
     device = network.conv_first.weight.device
     precision = resolve_precision(options.precision, device)
     Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
+    if options.compile:
+        network.compile(dynamic=False)
     problems = []
     with Display(console) as display:
         display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {device.type}")
@@ -157,33 +175,69 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
 def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
     """One image; returns what it was and became."""
     picture = read_picture(job.source)
-    check_target(job.target, picture)
+    _refuse_cut_off(job.source)
+    check_target(job.target, picture, network.scale)
 
     size = picture.pixels.shape[:2]
-    tile = options.tile or fitting_tile(network, size, options.overlap, _free_bytes(network))
+    overlap = Tiler(network, overlap=options.overlap).overlap
+    tile = options.tile
+    if tile is None:
+        result_bytes = output_bytes(network.scale, picture.pixels.shape, options.ensemble)
+        tile = fitting_tile(network, size, overlap, _free_bytes(network), result_bytes)
+    if tile and max(size) > tile:
+        display.say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
 
     def progress(done: int, total: int) -> None:
         if total > 1:
             display.update(done, total, "tiles")
 
-    pixels = upscale(network, picture.pixels, **(asdict(options) | {"tile": tile}), progress=progress)
+    how = {name: value for name, value in asdict(options).items() if name != "compile"}
+    pixels = upscale(network, picture.pixels, **(how | {"tile": tile}), progress=progress)
     write_picture(job.target, Picture(pixels, picture.profile))
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
     tiles = f", tiles of {tile} px" if tile else ""
     return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
 
 
-def fitting_tile(network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int) -> int | None:
-    """None where a whole image is likely to fit the memory, else the side of tiles that are, px.
+def _refuse_cut_off(path: Path) -> None:
+    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray.
+
+    Baseline JPEGs only: of progressive ones any part is a whole image.
+    """
+    data = path.read_bytes()
+    header = jpeg_header.parse(data)
+    if header is not None and jpeg.seek_points(data, header) is None:
+        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
+
+
+def fitting_tile(
+    network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int, result_bytes: int = 0
+) -> int | None:
+    """None where a whole image is likely to fit the memory beside its result, else the side of tiles that are, px.
 
     Linux kills a process that takes too much rather than refusing it memory, so on CPUs it is reckoned before.
+    MemoryError where not even the smallest useful tiles fit.
     """
-    px = free_bytes * MEMORY_SHARE / bytes_per_px(network)
+    left_bytes = free_bytes - result_bytes
+    px = left_bytes * MEMORY_SHARE / bytes_per_px(network)
     if math.prod(size) <= px:
         return None
-    window = network.multiple
-    smallest = -(-overlap // window) * window + window
-    return max(int(px**0.5) // window * window, smallest)
+    smallest = smallest_tile(overlap, network.multiple)
+    needed_bytes = min(smallest**2, math.prod(size)) * bytes_per_px(network)
+    if needed_bytes > left_bytes:
+        raise MemoryError(
+            f"the result takes {result_bytes / 1e9:.3g} GB of memory and tiles of {smallest} px take "
+            f"{needed_bytes / 1e9:.3g} GB, where {free_bytes / 1e9:.3g} GB are free: free some, "
+            "cut the image into parts, or say --tile and --tile-overlap yourself"
+        )
+    return max(int(px**0.5) // network.multiple * network.multiple, smallest) if px > 0 else smallest
+
+
+def output_bytes(scale: int, shape: tuple[int, ...], ensemble: bool) -> int:
+    """What the result of an image (H, W, C) takes on the way to pixels (see `OUTPUT_TENSORS`)."""
+    height, width, channels = shape
+    tensors = OUTPUT_TENSORS + ensemble + (2 if channels in (2, 4) else 0)
+    return tensors * 4 * 3 * height * width * scale**2
 
 
 def bytes_per_px(network: UpscalingNetwork) -> int:
@@ -196,11 +250,16 @@ def _free_bytes(network: UpscalingNetwork) -> int:
     """What may be taken: on a GPU as much as one likes, since there an error says when it was too much."""
     if network.conv_first.weight.device.type != "cpu":
         return 1 << 62
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
-    return max(free, 0)
+    return max(min(psutil.virtual_memory().available, _container_free_bytes()), 0)
+
+
+def _container_free_bytes() -> int:
+    """What the container leaves; cached files that nobody used lately count as free, since Linux drops them."""
+    limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not (limit.is_file() and used.is_file()) or (text := limit.read_text().strip()) == "max":
+        return 1 << 62
+    stat = dict(line.split() for line in parts.read_text().splitlines()) if parts.is_file() else {}
+    return int(text) - int(used.read_text()) + int(stat.get("inactive_file", 0))
 
 
 def _named(job: Job, error: Exception) -> str:
@@ -215,6 +274,7 @@ def export(source: Source, target: str) -> str:
     suffix = Path(target).suffix
     if suffix not in (".onnx", ".pt2"):
         raise ValueError(f"{target}: choose an ending among .onnx, .pt2")
+    _refuse_below_a_file(Path(target))
     if suffix == ".onnx":
         require_onnx()
     network, name = open_network(source)

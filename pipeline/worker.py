@@ -72,10 +72,12 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     bf16 = _agree(resolve_precision(job.phase.precision, device) == "bf16", device)
     network, state, meta = _start(job)
     network.to(device)
+    macs = macs_per_sample(network, job.phase.patch_px)
+    if job.compute.compile:
+        network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
     micro_batch = job.compute.micro_batch
     if micro_batch == "auto":
         micro_batch = find_micro_batch(network, job.phase, job.compute, job.training.scale, bf16)
-    macs = macs_per_sample(network, job.phase.patch_px)
     step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
     engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)
     ema = zero.PartitionedEMA(engine, job.phase.ema_decay)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.attention
 import model.window_kernel
 from model.attention import HEAD_MULTIPLE, attend_image, filled_attention, fused_attention, rolled, rows_of
 from model.window_kernel import Attention, gather_bias, window_attention
@@ -140,6 +141,26 @@ class Scores(torch.nn.Module):
 def test_only_q_k_and_v_are_kept(name: str) -> None:
     x = torch.rand(1, 16, 16, 3 * DIM, requires_grad=True)
     assert saved_bytes(Scores(name, (16, 16)), x) == x.nbytes
+
+
+@pytest.mark.parametrize("way", ["window by window", "fused as on CUDA"])
+def test_without_gradients_the_bias_is_gathered_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, num_rows, num_images = case("masked squares", (8, 8))
+    table, image = tensors(num_rows, num_images, (8, 8), torch.float32)
+    table, calls = torch.nn.Parameter(table.detach()), []
+    expected = WAYS[way](attention, table, image)
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return gather_bias(*arguments)
+
+    for module in (model.window_kernel, model.attention):
+        monkeypatch.setattr(module, "gather_bias", counted)
+    with torch.no_grad():
+        assert all(torch.allclose(WAYS[way](attention, table, image), expected, atol=1e-6) for _ in range(3))
+        assert len(calls) == 1
+        table *= 2
+        assert not torch.allclose(WAYS[way](attention, table, image), expected, atol=1e-6)
 
 
 def test_frozen_tables_and_images_get_no_gradient() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from model.blocks import DropPath, drop_paths, set_drop_path_draws
 from tests.unit.model.tiny import tiny, tiny_hmanet
 
 NETWORKS = {"hat": tiny, "hmanet": tiny_hmanet}
@@ -43,3 +44,42 @@ def test_one_graph_without_breaks_and_the_same_results(arch: str, checkpoint: st
     assert len(results) == len(expected) == 1 + len(list(network.parameters()))
     for ours, plain in zip(results, expected, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-12)
+
+
+def test_one_graph_without_gradients_too() -> None:
+    network, x = tiny(), torch.rand(1, 3, 8, 16)
+    with torch.no_grad():
+        expected = network(x)
+        network.compile(backend="eager")
+        assert torch.allclose(network(x), expected, atol=1e-6)
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def steps(network: nn.Module) -> tuple[list[float], list[torch.Tensor]]:
+    """The losses of three training steps with numbers of their own for drop path, and the weights after them."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(3):
+        set_drop_path_draws(network, torch.rand(2, len(drop_paths(network)), DropPath.BRANCHES))
+        loss = (network(torch.rand(2, 3, 8, 16)) - torch.rand(2, 3, 16, 32)).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, [parameter.detach() for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize("arch", NETWORKS)
+def test_training_steps_compile_once_and_train_the_same(arch: str) -> None:
+    """What drop path is told anew at each step is data of the graph, not a part of it."""
+    plain, compiled = (NETWORKS[arch](drop_path_rate=0.5).train() for _ in range(2))
+    names = list(compiled.state_dict())
+    compiled.compile(dynamic=False, backend="aot_eager")
+    expected, (losses, weights) = steps(plain), steps(compiled)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["graph_break"] == {}
+    assert list(compiled.state_dict()) == names
+    assert losses == pytest.approx(expected[0], rel=1e-4)
+    assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(weights, expected[1], strict=True))

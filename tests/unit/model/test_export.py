@@ -86,6 +86,11 @@ def test_exporting_leaves_the_network_as_it_was() -> None:
     assert network.conv_first.weight.dtype == torch.float64
 
 
+def test_the_graph_is_compared_in_fp32(tmp_path: Path) -> None:
+    """What the network computes in by itself, here bf16, on GPUs TF32, is not what the graph computes in."""
+    assert export_onnx(tmp_path / "a.onnx", tiny(1, depths=(1,)).bfloat16()) <= 1e-5
+
+
 def test_a_graph_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exports, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match=r"differs from the network by .* not written"):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from model.blocks import UpscalingNetwork
 from model.inference import upscale, upscale_tensor
 from model.init import bicubic_start
 from model.precision import resolve_precision
+from model.tiles import Tiler, is_out_of_memory
 from tests.shared_data import ROOT, shared
-from tests.unit.model.tiny import tiny
+from tests.unit.model.tiny import tiny, tiny_hmanet
 
 
 def image(height: int, width: int) -> np.ndarray:
@@ -191,6 +193,37 @@ def test_bf16_is_used_and_near() -> None:
     assert 0 < (rounded - exact).abs().max() < 0.02
 
 
+def test_networks_in_other_types_work_or_say_why() -> None:
+    low_res = image(16, 16)
+    exact = upscale(bicubic(), low_res)
+    assert np.abs(upscale(bicubic().bfloat16(), low_res).astype(int) - exact).max() <= 8
+    assert np.array_equal(upscale(bicubic().double(), low_res), exact)
+    with pytest.raises(ValueError, match=r"float16, which its activations overflow: call \.float\(\) or \.bfloat16"):
+        upscale(bicubic().half(), low_res)
+
+
+@pytest.fixture
+def tf32_places() -> Iterator[list[Any]]:
+    places: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    before = [place.allow_tf32 for place in places]
+    yield places
+    for place, allowed in zip(places, before, strict=True):
+        place.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_fp32_is_no_tf32(allowed: bool, tf32_places: list[Any]) -> None:
+    for place in tf32_places:
+        place.allow_tf32 = allowed
+    seen: list[bool] = []
+    network = tiny()
+    network.register_forward_pre_hook(lambda *_: seen.extend(place.allow_tf32 for place in tf32_places))
+    upscale_tensor(network, torch.rand(1, 3, 8, 8), precision="fp32")
+    upscale_tensor(network, torch.rand(1, 3, 8, 8), precision="bf16")
+    assert seen == [False, False, allowed, allowed]
+    assert [place.allow_tf32 for place in tf32_places] == [allowed, allowed]
+
+
 def test_auto_follows_the_device() -> None:
     flags = Path("/proc/cpuinfo").read_text()
     expected = "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
@@ -209,6 +242,26 @@ def test_tiles_of_a_photograph_equal_the_whole(case: str, tile: int, overlap: in
     assert difference.abs().max() <= 1e-3
 
 
+@pytest.mark.parametrize(("case", "tile"), [("hat_x3_w8", 64), ("hat_x2_w16", 96)], ids=["windows of 8", "of 16"])
+def test_tiles_at_the_default_overlap_equal_the_whole_once_trained(case: str, tile: int) -> None:
+    """The golden body, as loud beside the image as after a brief training: golden weights alone answer with noise."""
+    network, x = load(shared(f"golden/{case}.pth")), photograph()
+    body = network.conv_after_body.weight.detach().clone()
+    bicubic_start(network)
+    plain = upscale_tensor(network, x)
+    network.conv_after_body.weight.data += body / 40
+    whole = upscale_tensor(network, x)
+    assert (whole - plain).abs().max() >= 0.05, "the body must matter"
+    assert (upscale_tensor(network, x, tile=tile) - whole).abs().max() <= 1e-3
+
+
+def test_the_default_overlap_is_in_windows() -> None:
+    for network, what in ((tiny(window_size=16), "not seen"), (tiny_hmanet(), "ANOTHER ANSWER")):
+        with pytest.raises(ValueError, match=f"overlap={4 * network.multiple} px"):
+            upscale(network, image(8, 8), tile=network.multiple)
+        assert what in Tiler(network, 999).describe()
+
+
 def photograph() -> torch.Tensor:
     """(1, 3, 160, 208) in 0..1."""
     with Image.open(shared("data/benchmark/Set5/HR/baby.png")) as file:
@@ -222,7 +275,7 @@ class Greedy(torch.nn.Module):
     def __init__(self, limit: int, every: int = 2) -> None:
         super().__init__()
         self.scale, self.multiple, self.limit, self.every = 1, 8, limit, every
-        self.conv_first = torch.nn.Conv2d(3, 3, 1)
+        self.arch, self.conv_first = "hat", torch.nn.Conv2d(3, 3, 1)
         self.sizes: list[tuple[int, ...]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,7 +293,29 @@ def test_out_of_memory_halves_the_batch_then_the_tile(caplog: pytest.LogCaptureF
     assert network.sizes[-1] == (1, 3, 24, 24)
     assert {size[2] for size in network.sizes} == {48, 24}
     assert torch.equal(out, upscale_tensor(Greedy(1 << 40), x, tile=24, overlap=8))  # type: ignore[arg-type]
-    assert "going on with tiles of 24 px, 1 at once" in caplog.text
+    assert "going on with tiles of 24 px that overlap by 8 px (" in caplog.text
+
+
+def test_a_whole_image_is_tried_once_whatever_the_batch() -> None:
+    network: Any = Greedy(2 * 24 * 24, every=1)
+    upscale_tensor(network, torch.rand(1, 3, 64, 64), overlap=8, batch=8)
+    assert network.sizes[:2] == [(1, 3, 64, 64), (8, 3, 32, 32)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "GET was unable to find an engine to execute this computation",
+        "std::bad_alloc",
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_lack_of_memory_is_known_by_its_words(words: str) -> None:
+    assert is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_out_of_memory_with_the_smallest_tile_ends() -> None:

@@ -1,11 +1,18 @@
 """Starts from bicubic interpolation and from a network of another scale."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data_prep.bicubic import imresize
 from model.blocks import UpscalingNetwork
+from model.inference import upscale
 from model.init import bicubic_start, transfer
+from model.metrics import psnr_y
+from tests.shared_data import shared
 from tests.unit.model.tiny import tiny, tiny_hmanet
 
 
@@ -115,20 +122,58 @@ def test_resampled_tail_keeps_a_linear_ramp(old: int, new: int) -> None:
     assert interior_error(network, expected, ramp, rim=4) <= 1e-2
 
 
+@pytest.mark.parametrize(("old", "new"), list(permutations((2, 3, 4, 8), 2)))
+def test_resampled_bicubic_start_is_as_good_as_the_scales_own(old: int, new: int) -> None:
+    """On a photograph, in any direction; from more stages to fewer the last one does the work of all that are left."""
+    network = tiny(new, seed=1)
+    transfer(_bicubic(old).state_dict(), network)
+    assert _psnr_of(network) >= _psnr_of(_bicubic(new)) - 0.1
+
+
+def test_a_cascade_there_and_back_loses_nothing() -> None:
+    up, back = tiny(4, seed=1), tiny(2, seed=2)
+    transfer(_bicubic(2).state_dict(), up)
+    report = transfer(up.state_dict(), back)
+    assert report["upsample.0.weight"] == "resampled: the image from x4 sub-pixels to x2"
+    assert report["conv_last.bias"] == "passing through: part of upsample.0"
+    assert _psnr_of(back) >= _psnr_of(_bicubic(2)) - 0.05
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (8, 2), (8, 4)])
+def test_any_tail_of_more_stages_gives_its_image_in_fewer_pixels(old: int, new: int) -> None:
+    """Also one far from bicubic: on a constant image, of which no part differs, the colours are the source's."""
+    source, network = tiny(old, seed=1), tiny(new, seed=2)
+    for module in (source.layers, source.conv_after_body):
+        for parameter in module.parameters():
+            torch.nn.init.zeros_(parameter)
+    transfer(source.state_dict(), network)
+    with torch.no_grad():
+        expected, out = (net(torch.full((1, 3, 24, 24), 0.3))[0] for net in (source, network))
+    factor, middle = old // new, slice(10 * new, 14 * new)
+    means = torch.nn.functional.avg_pool2d(expected, factor)[:, middle, middle].mean((1, 2))
+    assert torch.allclose(out[:, middle, middle].mean((1, 2)), means, atol=1e-2)
+
+
+def _psnr_of(network: UpscalingNetwork) -> float:
+    with Image.open(shared("data/benchmark/Set5/HR/butterfly.png")) as file:
+        high_res = np.asarray(file.convert("RGB"))[:192, :192]
+    return psnr_y(upscale(network, imresize(high_res, 1 / network.scale)), high_res, network.scale)
+
+
 def _bicubic(scale: int) -> UpscalingNetwork:
     network = tiny(scale)
     bicubic_start(network)
     return network
 
 
-@pytest.mark.parametrize(("old", "new"), [(2, 3), (2, 4), (3, 4), (4, 8)])
+@pytest.mark.parametrize(("old", "new"), [(2, 3), (2, 4), (3, 4), (4, 8), (4, 2), (8, 3)])
 def test_cascade_of_hmanet(old: int, new: int) -> None:
     source, network = tiny_hmanet(old, seed=1).state_dict(), tiny_hmanet(new)
     report = transfer(source, network)
     state = network.state_dict()
     changed = {key for key in report if report[key] != "copied"}
     assert changed
-    assert all(key.startswith("upsample.") for key in changed)
+    assert all(key.startswith(("upsample.", "conv_last.") if new < old else "upsample.") for key in changed)
     assert all(torch.equal(state[key], source[key]) for key in report.keys() - changed)
 
 

@@ -1,8 +1,11 @@
 """Image files in and out: depth, alpha, orientation and colour profile."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import imagecodecs
 import numpy as np
@@ -10,9 +13,11 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps
 
+import model.picture
 from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+GRAY_PROFILE = PROFILE[:16] + b"GRAY" + PROFILE[20:]
 
 
 def pixels(channels: int, dtype: Any = np.uint8) -> np.ndarray:
@@ -30,7 +35,8 @@ HELD = [
 
 @pytest.mark.parametrize(("suffix", "channels", "dtype"), HELD)
 def test_what_is_written_is_read_again(suffix: str, channels: int, dtype: Any, tmp_path: Path) -> None:
-    written = Picture(pixels(channels, dtype), PROFILE if suffix != ".bmp" else None)
+    profile = PROFILE if channels > 2 else GRAY_PROFILE
+    written = Picture(pixels(channels, dtype), profile if suffix != ".bmp" else None)
     write_picture(tmp_path / f"a{suffix}", written)
     read = read_picture(tmp_path / f"a{suffix}")
     assert read.pixels.dtype == dtype
@@ -102,6 +108,41 @@ def test_other_kinds_become_gray_or_rgb(mode: str, channels: int, tmp_path: Path
     read = read_picture(path)
     assert read.pixels.shape == (7, 9, channels)
     assert read.pixels.dtype == (np.uint16 if mode == "I;16" else np.uint8)
+
+
+def cmyk_profile() -> bytes:
+    """Black ink alone counts: lightness falls in a straight line from 100 to 0. ICC version 2, one 8-bit table."""
+    lightness = [255 * (1 - corner % 2) for corner in range(16)]  # black is the last ink, so it changes fastest
+    colours = b"".join(bytes([level, 128, 128]) for level in lightness)
+    identity = struct.pack(">9i", *(65536 * (place % 4 == 0) for place in range(9)))
+    ramp = bytes(range(256))
+    table = b"mft1" + bytes([0, 0, 0, 0, 4, 3, 2, 0]) + identity + 4 * ramp + colours + 3 * ramp
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(table))
+    space = struct.pack(">I4s4s4s4s", 0x02100000, b"prtr", b"CMYK", b"Lab ", b"")
+    white = struct.pack(">3i", 63190, 65536, 54061)
+    header = (bytes(8) + space + bytes(8)).ljust(36, b"\0") + b"acsp" + bytes(28) + white
+    return struct.pack(">I", 144 + len(table)) + header[4:].ljust(124, b"\0") + tags + table
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_cmyk_becomes_srgb_as_its_profile_says(suffix: str, tmp_path: Path) -> None:
+    """Half black ink is a lightness of 50, which is 119 in sRGB; without a profile it would be 127."""
+    image = Image.fromarray(np.full((16, 8, 4), (200, 100, 0, 127), np.uint8), "CMYK")
+    image.save(tmp_path / f"a{suffix}", icc_profile=cmyk_profile())
+    read = read_picture(tmp_path / f"a{suffix}")
+    assert read.pixels.shape == (16, 8, 3)
+    assert np.abs(read.pixels.astype(int) - 119).max() <= 2
+    assert read.profile is not None
+    assert read.profile[16:20] == b"RGB "
+
+
+def test_profiles_of_another_colour_space_are_dropped(tmp_path: Path) -> None:
+    unusable = b"\0\0\1\0lcms\2\x10\0\0prtrCMYKLab " + bytes(200)
+    Image.new("CMYK", (9, 7)).save(tmp_path / "cmyk.jpg", icc_profile=unusable)
+    Image.new("L", (9, 7)).save(tmp_path / "gray.png", icc_profile=PROFILE)
+    tifffile.imwrite(tmp_path / "gray.tif", pixels(1, np.uint16)[..., 0], iccprofile=PROFILE)
+    for name in ("cmyk.jpg", "gray.png", "gray.tif"):
+        assert read_picture(tmp_path / name).profile is None
 
 
 def test_a_transparent_gray_level_becomes_alpha(tmp_path: Path) -> None:
@@ -176,6 +217,33 @@ def test_files_that_cannot_be_read_are_named(name: str, message: str, tmp_path: 
     assert str(raised.value).startswith(f"{path} cannot be read: ")
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_no_damaged_byte_is_more_than_a_named_error(compression: str | None, tmp_path: Path) -> None:
+    """Single bytes of a TIFF's tags made tifffile raise TypeError, ZeroDivisionError, struct.error and others."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels(3, np.uint16), photometric="rgb", compression=compression)
+    sound = path.read_bytes()
+    refusals = []
+    for position in range(4, 300):
+        for value in (0, 255):
+            path.write_bytes(sound[:position] + bytes([value]) + sound[position + 1 :])
+            try:
+                read_picture(path)
+            except ValueError as error:
+                refusals.append(str(error))
+    assert len(refusals) > 50
+    assert all(refusal.startswith(f"{path} cannot be read: ") for refusal in refusals)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), zlib.error("bad data"), IndexError("no tag"), struct.error("short")])
+def test_what_decoders_raise_is_named(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_picture(tmp_path / "a.tif", Picture(pixels(3, np.uint16)))
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", Mock(side_effect=error))
+    with pytest.raises(ValueError, match=rf"a\.tif cannot be read: {str(error) or 'MemoryError'}$"):
+        read_picture(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "dtype", "message"),
     [
@@ -192,3 +260,42 @@ def test_files_that_cannot_hold_the_picture(name: str, channels: int, dtype: Any
     if name == "a.gif":
         with pytest.raises(ValueError, match=message):
             check_target(name)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("a.webp", 16383), ("a.jpg", 65500)])
+def test_sides_that_a_format_cannot_hold_are_known_before(name: str, longest: int, tmp_path: Path) -> None:
+    write_picture(tmp_path / name, Picture(np.zeros((1, longest, 1), np.uint8)))
+    for picture, scale in (
+        (Picture(np.zeros((1, longest + 1, 1), np.uint8)), 1),
+        (Picture(np.zeros((longest // 4 + 1, 2, 1), np.uint8)), 4),
+    ):
+        height, width = (side * scale for side in picture.pixels.shape[:2])
+        with pytest.raises(ValueError, match=rf"cannot hold {width} x {height} px, .*: choose \.png or \.tif"):
+            check_target(name, picture, scale)
+    check_target("a.png", picture, scale)
+
+
+def test_large_pictures_are_read_without_pillows_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Pillow's limit were 9 px: twice as many are an error there, more than that many a warning."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)
+    write_picture(tmp_path / "a.png", Picture(pixels(3)))
+    assert np.array_equal(read_picture(tmp_path / "a.png").pixels, pixels(3))
+    assert Image.MAX_IMAGE_PIXELS == 9
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.png", np.uint8), ("a.png", np.uint16), ("a.tif", np.uint16)])
+def test_too_many_pixels_have_a_remedy(name: str, dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.picture, "LARGEST_PX", 62)
+    write_picture(tmp_path / name, Picture(pixels(3, dtype)))
+    with pytest.raises(ValueError, match=rf"{name} cannot be read: it has 9 x 7 px, .*: cut it into parts"):
+        read_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiff_files_of_many_bytes_have_wide_positions(
+    dtype: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.picture, "BIG_TIFF_BYTES", 9)
+    write_picture(tmp_path / "a.tif", Picture(pixels(3, dtype)))
+    assert (tmp_path / "a.tif").read_bytes()[:4] == b"II+\0"
+    assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels(3, dtype))

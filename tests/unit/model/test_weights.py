@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,39 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: {"params_ema": s, "params": {}}, lambda s: {"params": s}, lambda s: s])
+WRAPS: list[Callable[[Any], Any]] = [
+    lambda s: {"params_ema": s, "params": {}},
+    lambda s: {"params": s},
+    lambda s: s,
+    lambda s: {"params_ema": None, "params": s},
+    lambda s: {"params_ema": {}, "params": s},
+    lambda s: {"state_dict": s, "epoch": 3},
+    lambda s: {"params_ema": {f"module.{key}": value for key, value in s.items()}},
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_layouts_of_pth(wrap: Any, tmp_path: Path) -> None:
     state = tiny().state_dict()
     torch.save(wrap(state), tmp_path / "a.pth")
     read = read_weights(tmp_path / "a.pth")
     assert read.keys() == state.keys()
     assert all(torch.equal(read[key], state[key]) for key in state)
+    assert load(wrap(state)).state_dict().keys() == state.keys(), "the same in memory"
+
+
+def test_halved_weights_load_as_fp32() -> None:
+    halved = {key: value.half() if value.is_floating_point() else value for key, value in tiny().state_dict().items()}
+    network = load({"params": halved})
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+    assert torch.equal(network.conv_first.weight, tiny().conv_first.weight.half().float())
+
+
+def test_any_width_of_an_mlp_is_recognised() -> None:
+    """60 * (123 / 60) is a little less than 123."""
+    network = tiny(embed_dim=60, mlp_ratio=123 / 60)
+    assert network.layers[0].residual_group.blocks[0].mlp.fc1.out_features == 123  # type: ignore[union-attr, index]
+    assert load(network.state_dict()).config["mlp_ratio"] == 123 / 60
 
 
 def test_pickle_that_runs_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

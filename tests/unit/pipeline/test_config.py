@@ -83,6 +83,7 @@ def test_where_a_recipe_runs_is_not_what_it_is() -> None:
             "data={sharp: {source: x, sub_image_px: 120, sub_image_step_px: 60}}",
             ["data.sharp.sub_image_px 120", "trainings.finetune-x4", "at least 128"],
         ),
+        ("compute={compile: true, zero_stage: 3}", ["compile does not go with zero_stage 3", "0, 1 or 2"]),
         ("compute.profile_steps=[5,2]", ["profile_steps [5, 2]", "first"]),
         ("validation.export=best", ["export 'best'", "set every"]),
         ("phases.pretrain.patch_px=30", ["30", "24"]),

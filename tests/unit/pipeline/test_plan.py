@@ -78,6 +78,7 @@ def test_a_mix_comes_between_its_sets_and_what_trains_on_it() -> None:
     ("override", "changed"),
     [
         ("compute.num_workers=1", []),
+        ("compute.compile=true", []),
         ("storage.uri=s3://b/p", []),
         ("phases.finetune.checkpoint_every=3", []),
         ("phases.finetune.on_damage=skip", []),

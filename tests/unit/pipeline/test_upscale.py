@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from model.init import bicubic_start
 from model.picture import Picture, read_picture, write_picture
 from model.weights import save_pth, save_safetensors
 from pipeline.cli import main
-from pipeline.upscale import MEMORY_SHARE, bytes_per_px, fitting_tile
+from pipeline.upscale import MEMORY_SHARE, _free_bytes, bytes_per_px, fitting_tile, output_bytes
 from tests.unit.model.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -70,6 +71,7 @@ def test_safetensors_and_every_option(hatchery, tmp_path) -> None:
     )
     assert code == 0
     assert "hmanet x1, fp32 on" in out
+    assert "in.png: tiles of 16 px that overlap by 8 px (WARNING: HMANet attends across the whole image" in out
     assert np.array_equal(read_picture(tmp_path / "out.png").pixels, levels(24, 30))
 
 
@@ -77,12 +79,19 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
     for name in ("a.png", "sub/b.jpg", "sub/C.TIF"):
         write_picture(tmp_path / "in" / name, Picture(levels(9, 8)))
     (tmp_path / "in" / "b-broken.png").write_bytes(b"nothing")
+    write_picture(tmp_path / "in" / "cut.jpg", Picture(levels(60, 80)))
+    whole = (tmp_path / "in" / "cut.jpg").read_bytes()
+    (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")  # ends like a sound one
     (tmp_path / "in" / "notes.txt").write_text("no image")
     code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 1
-    assert err.splitlines()[-1].startswith(f"hatchery: {tmp_path}/in/b-broken.png cannot be read: ")
+    assert [line.split(": ")[1] for line in err.splitlines() if line.startswith("hatchery: ")] == [
+        f"{tmp_path}/in/b-broken.png cannot be read",
+        f"{tmp_path}/in/cut.jpg cannot be read",
+    ]
     assert files(tmp_path / "in" / "out") == ["a.png", "sub/C.TIF", "sub/b.jpg"]
     (tmp_path / "in" / "b-broken.png").unlink()
+    (tmp_path / "in" / "cut.jpg").unlink()
     code, out, _ = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 0
     assert "[3/3]" in out, "results of the first run are no images to upscale"
@@ -111,25 +120,31 @@ def case(name: str, folder: Path) -> tuple[list[object], str]:
         "onto itself": ([image, image], "would overwrite"),
         "folder onto itself": ([folder, folder], "would overwrite"),
         "folder into a file": ([folder, image], "is a file: name a folder"),
+        "below a file": ([image, image / "sub" / "out.png"], f"{image} is a file, no folder"),
+        "folder below a file": ([folder, image / "out"], f"{image} is a file, no folder"),
         "other scale": ([image, out, "--scale", 3], "upscales by 2, not by --scale 3"),
         "small tile": ([image, out, "--tile", 8], "tile=8 px with overlap=32 px"),
         "small tile for a folder": ([folder, folder / "o", "--tile", 8], "tile=8 px with overlap=32 px"),
         "precision": ([image, out, "--precision", "fp16"], "precision='fp16': choose one of"),
         "two networks": ([image, out, "--model", "models:/m@champion"], "--weights and --model are two networks"),
+        "too wide": ([folder / "wide.png", folder / "out.webp"], "out.webp cannot hold 16384 x 16 px"),
         "broken": ([folder / "broken.png", out], "broken.png cannot be read"),
     }[name]
 
 
 WRONG = (
     *("no input", "no images", "unknown ending", "no alpha", "onto itself", "folder onto itself", "folder into a file"),
+    *("below a file", "folder below a file", "too wide"),
     *("other scale", "small tile", "small tile for a folder", "precision", "two networks", "broken"),
 )
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_path) -> None:
+def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_path, monkeypatch) -> None:
     write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
     write_picture(tmp_path / "alpha.png", Picture(levels(8, 8, 4)))
+    write_picture(tmp_path / "wide.png", Picture(levels(8, 8192)))
+    monkeypatch.setattr("pipeline.upscale.upscale", Mock(side_effect=AssertionError("no network may run")))
     (tmp_path / "broken.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     before = files(tmp_path)
@@ -161,6 +176,15 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
     assert not Path("out.png").exists()
 
 
+@pytest.mark.parametrize("place", ["in.png/out.png", "in.png/sub/out.png"])
+def test_a_place_that_cannot_be_is_one_line_from_any_command(place, hatchery, weights, tmp_path, monkeypatch) -> None:
+    """Whatever the early check does not see, such as a file made meanwhile."""
+    monkeypatch.setattr("pipeline.upscale._refuse_below_a_file", lambda target: None)
+    write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
+    code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / place, "--weights", weights)
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_export_writes_both_kinds(hatchery, weights, tmp_path) -> None:
     for name, what in (("a.pt2", "x2.pth, hat x2, for sides of more than 8 px"), ("a.onnx", "differs from PyTorch by")):
         code, out, err = hatchery("export", weights, tmp_path / name)
@@ -181,6 +205,7 @@ def test_wrong_exports(hatchery, weights, tmp_path) -> None:
     for arguments, message in (
         ((weights, tmp_path / "a.engine"), "a.engine: choose an ending among .onnx, .pt2"),
         ((tmp_path / "nope.pth", tmp_path / "a.onnx"), "nope.pth"),
+        ((weights, Path(weights) / "a.onnx"), "is a file, no folder"),
         ((weights, tmp_path / "a.pt2", "--interval-size", 4), "hat has no argument interval_size"),
     ):
         code, _, err = hatchery("export", *arguments)
@@ -188,15 +213,67 @@ def test_wrong_exports(hatchery, weights, tmp_path) -> None:
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("free_bytes", [0, 10**6, 10**7, 10**8, 10**9])
-@pytest.mark.parametrize("overlap", [0, 9, 40])
+@pytest.mark.parametrize("free_bytes", [10**7, 10**8, 10**9])
+@pytest.mark.parametrize("overlap", [0, 16, 40])
 def test_tiles_are_chosen_by_the_memory_that_is_free(free_bytes: int, overlap: int) -> None:
     network = build("hat", 4, **SIZES)
+    smallest = max(2 * overlap, 8)
+    if smallest**2 * bytes_per_px(network) > free_bytes:
+        with pytest.raises(MemoryError, match=f"tiles of {smallest} px take .* free some"):
+            fitting_tile(network, (512, 640), overlap, free_bytes)
+        return
     tile = fitting_tile(network, (512, 640), overlap, free_bytes)
     whole = 512 * 640 * bytes_per_px(network) <= MEMORY_SHARE * free_bytes
     assert (tile is None) == whole
     if tile is not None:
         assert tile % 8 == 0
-        assert tile > overlap
-        smallest = (overlap + 16) ** 2 * bytes_per_px(network)
-        assert tile**2 * bytes_per_px(network) <= max(MEMORY_SHARE * free_bytes, smallest)
+        assert tile >= smallest
+        taken = tile**2 * bytes_per_px(network)
+        assert taken <= max(MEMORY_SHARE * free_bytes, smallest**2 * bytes_per_px(network))
+
+
+def test_what_the_result_takes_is_not_given_to_tiles() -> None:
+    network = build("hat", 4, **SIZES)
+    result = output_bytes(4, (512, 640, 3), False)
+    assert 560 <= result / (512 * 640) <= 580
+    assert 752 <= output_bytes(4, (512, 640, 3), True) / (512 * 640) <= 770
+    assert fitting_tile(network, (512, 640), 32, 10**9 + result, result) == fitting_tile(network, (512, 640), 32, 10**9)
+    with pytest.raises(MemoryError, match=r"the result takes 0\.189 GB .* cut the image into parts"):
+        fitting_tile(network, (512, 640), 32, result, result)
+
+
+def test_a_containers_cached_files_count_as_free(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.upscale.CGROUP", tmp_path)
+    network = build("hat", 2, **SIZES)
+    everything = _free_bytes(network)
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "active_file 50\ninactive_file 300\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert _free_bytes(network) == 400
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _free_bytes(network) > 400 or everything <= 400
+
+
+def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monkeypatch) -> None:
+    """By the compiler's front end alone: its back end would take minutes."""
+    asked: list[dict[str, object]] = []
+
+    def compile_eagerly(network: torch.nn.Module, **options: object) -> None:
+        asked.append(options)
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    write_picture(tmp_path / "in.png", Picture(levels(24, 16)))
+    arguments = ["--weights", weights, "--precision", "fp32"]
+    assert hatchery("upscale", tmp_path / "in.png", tmp_path / "plain.png", *arguments)[0] == 0
+    assert hatchery("upscale", tmp_path / "in.png", tmp_path / "compiled.png", *arguments, "--compile")[0] == 0
+    assert asked == [{"dynamic": False}]
+    plain, compiled = (read_picture(tmp_path / f"{name}.png").pixels.astype(int) for name in ("plain", "compiled"))
+    assert np.abs(plain - compiled).max() <= 1
+
+
+def test_too_little_memory_is_one_line(hatchery, weights, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.upscale._free_bytes", lambda network: 10**6)
+    write_picture(tmp_path / "in.png", Picture(levels(80, 80)))
+    code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / "out.png", "--weights", weights)
+    assert (code, err.count("\n"), "GB are free: free some" in err) == (2, 1, True)
+    assert not (tmp_path / "out.png").exists()
