@@ -262,7 +262,7 @@ def test_new_images_that_judge_elsewhere_are_held_out(tmp_path: Path) -> None:
 def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recipe]) -> None:
     recipe = recipe_of([ROUND], degradation="unheard-of")
     job = SimpleNamespace(
-        training=recipe.trainings["text-0001"], phase=recipe.phases["retrain"], seed=0, cache_dir="/tmp"
+        training=recipe.trainings["text-0001"], phase=recipe.phases["retrain"], seed=0, compute=recipe.compute
     )
     with pytest.raises(ValidationError, match=r"degradation\n.*'bicubic'"):
         pair_settings(job)  # type: ignore[arg-type]

@@ -24,7 +24,6 @@ def job(folder: Path, **compute: Any) -> TrainJob:
         shards_uri=str(folder / "shards"),
         init=None,
         checkpoints_uri=str(folder / "checkpoints"),
-        cache_dir=str(folder / "cache"),
     )
 
 

@@ -80,7 +80,7 @@ def test_a_run_that_is_refused_a_stage_changes_no_run(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "state"), [(Stopped("asked to stop"), "KILLED"), (RuntimeError("a worker failed"), "FAILED")]
+    ("error", "state"), [(Stopped("asked to stop", 143), "KILLED"), (RuntimeError("a worker failed"), "FAILED")]
 )
 def test_the_state_says_how_a_run_ended(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
@@ -98,7 +98,7 @@ def test_an_absent_mlflow_takes_no_errors_place(recipe: Recipe, monkeypatch: pyt
     def stop(work: stages.Work) -> Artifact:
         work.tracker.impatient = MlflowClient(NOBODY)
         work.tracker.log_metrics(work.run_id, {"loss": 0.5}, 1)
-        raise Stopped("asked to stop")
+        raise Stopped("asked to stop", 143)
 
     stage(monkeypatch, stop)
     told, begin = console(), time.monotonic()
