@@ -69,7 +69,8 @@ def test_a_dry_run_changes_no_run(recipe: Recipe) -> None:
     assert states(recipe) == {"tiny": "FINISHED"}
 
 
-def test_a_run_that_is_refused_a_stage_changes_no_run(recipe: Recipe) -> None:
+def test_a_run_that_is_refused_a_stage_changes_no_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "SHARD_PATIENCE_S", 0)  # else it would wait for the other's shards
     Tracker(recipe).begin()  # the run that works at it
     found, _, tracker = pretrain.prepare(recipe, FIRST)
     lock = storage.join(recipe.storage.uri, "locks", f"{found[0].name}-{found[0].fingerprint({})[:16]}.json")
