@@ -39,7 +39,7 @@ unit: setup ## unit and parity tests
 
 integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
-	@$(BIN)/pytest -q -m integration tests
+	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
 
 bench: setup ## speed and memory as ratios, both sides measured in one run (see tests/bench/README.md)
 	@missed=0; for part in networks training data_pairs data_sharding data_planning; do \
