@@ -70,8 +70,8 @@ class Conv2d(nn.Conv2d):
 
 
 def add(x: Tensor, *branches: Tensor) -> Tensor:
-    """The sum in the dtype of x. Casts come first: adding tensors of two dtypes takes twice as long on CPUs."""
-    first, *others = (branch.to(x.dtype) for branch in branches)
+    """The sum in the dtype of x; branches of another dtype are not cast first, which would take fresh memory."""
+    first, *others = branches
     x = x + first
     for branch in others:
         x += branch  # of a sum nothing is kept for the backward pass

@@ -25,7 +25,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from model.windows import Cut, key_image
 
 SCORES_BYTES = 2**21
-"""Size of the buffer of scores, about: it shall stay in the processor's cache."""
+"""Size of the buffer of scores, about: it shall stay in the processor's cache.
+
+A window whose scores take up to twice as much is not split, and bf16 scores may take twice as much: both measured.
+"""
 BAND_BYTES = 2**25
 """Of queries, keys and values about so much is brought into the order of windows at a time."""
 KEPT_BYTES = BAND_BYTES
@@ -125,10 +128,10 @@ class _Work:
         self.scale = (self.q.shape[-1] // attention.num_heads) ** -0.5
         self.num_keys = self.k.shape[3] * self.k.shape[4]
         scores_per_row = attention.num_heads * self.q.shape[4] * self.num_keys
-        scores = SCORES_BYTES // q.element_size()
-        num_rows = self.q.shape[3]
-        shares = -(-num_rows // max(1, min(num_rows, scores // scores_per_row)))
+        most, num_rows = 2 * SCORES_BYTES // q.element_size(), self.q.shape[3]
+        shares = -(-num_rows // max(1, min(num_rows, most // scores_per_row)))
         self.rows_at_once = -(-num_rows // shares)
+        scores = most if q.element_size() < 4 else most // 2
         windows = scores // (scores_per_row * self.rows_at_once)
         self.windows_at_once = max(1, min(windows, self.q.shape[:3].numel()))
         self.buffer = room("scores", (self.windows_at_once * self.rows_at_once * scores_per_row,), q.dtype)
