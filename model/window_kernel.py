@@ -268,6 +268,11 @@ def room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return rooms[name, dtype][:size].view(shape)
 
 
+def _cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype, in the room of this name."""
+    return x if x.dtype == dtype else room(name, tuple(x.shape), dtype).copy_(x)
+
+
 def _slices(count: int, at_once: int) -> Iterator[slice]:
     """0 .. count in slices of at most `at_once`."""
     for start in range(0, count, at_once):
@@ -400,7 +405,7 @@ class _Gradients:
             for part in work.parts(band):
                 grad_vnm = self._add_part(part, queries, biases(part), given, made, keys_meet)
                 for grad_anm in grad_vnm.split(heads):
-                    grad_bias_anm += grad_anm
+                    grad_bias_anm += _cast("bias gradient", grad_anm, grad_bias_anm.dtype)
             index_nm = work.attention.index_rows(queries.start, queries.stop)
             index = index_nm.flatten().remainder(len(work.table_pa))
             self.table_ap.index_add_(1, index, grad_bias_anm.flatten(1))

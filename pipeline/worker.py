@@ -23,6 +23,7 @@ from model.weights import load_parameters, read_weights
 from pipeline import artifact, checkpoint, zero
 from pipeline.arithmetic import TRAINING_PASSES, macs_per_sample, peak_macs_per_s
 from pipeline.autobatch import find_micro_batch
+from pipeline.heap import keep_freed_memory
 from pipeline.launch import TrainJob
 from pipeline.optimizer import GuardedAdam
 from pipeline.system import SystemWatch
@@ -69,6 +70,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(job.compute.cpus_per_worker)
+        keep_freed_memory()
     bf16 = _agree(resolve_precision(job.phase.precision, device) == "bf16", device)
     network, state, meta = _start(job)
     network.to(device)
