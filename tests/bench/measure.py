@@ -1,14 +1,21 @@
 """Times and bytes of two ways to do the same, measured in turn so that the machine's mood hits both alike."""
 
+import contextlib
+import multiprocessing
+import multiprocessing.context
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 
 import torch
 from torch import nn
 
 from pipeline import memory
+
+PASSES = 3
+"""Of each side in a turn."""
 
 
 @dataclass
@@ -32,22 +39,62 @@ def _busy_s() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def race(runs: dict[str, Callable[[], object]], rounds: int = 7, limit_s: float = 120) -> dict[str, Samples]:
-    """Time each in turn until all have `rounds` quiet samples, or for `limit_s`; a first round warms up."""
-    for run in runs.values():
+def race(
+    makers: dict[str, Callable[[], Callable[[], object]]], rounds: int = 7, limit_s: float = 120
+) -> dict[str, Samples]:
+    """Time what each maker makes in turn until all have `rounds` quiet samples, or for `limit_s`.
+
+    Each has a process of its own, as it would in use: in one process, what one side asks of the allocator decides
+    what the other's memory costs. In its turn it runs PASSES times, of which the first, with cold caches, is not
+    counted. A first round warms up.
+    """
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        lanes = {name: stack.enter_context(_Lane(context, make)) for name, make in makers.items()}
+        for lane in lanes.values():
+            lane.turn()
+        samples = {name: Samples() for name in makers}
+        stop = time.monotonic() + limit_s
+        while time.monotonic() < stop and min(len(sample.quiet) for sample in samples.values()) < rounds:
+            for name, lane in lanes.items():
+                for taken, others in lane.turn():
+                    samples[name].all.append(taken)
+                    if others < 0.1 * taken + 0.02:
+                        samples[name].quiet.append(taken)
+    return samples
+
+
+class _Lane(contextlib.AbstractContextManager["_Lane"]):
+    """A process that runs what a maker makes there, when it is its turn."""
+
+    def __init__(self, context: multiprocessing.context.SpawnContext, make: Callable[[], Callable[[], object]]) -> None:
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run_in_turn, args=(theirs, make), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def turn(self) -> list[tuple[float, float]]:
+        """Of each counted pass: seconds that it took, CPU seconds that other processes had meanwhile."""
+        self._pipe.send(True)
+        return self._pipe.recv()
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):
+            self._pipe.send(False)
+        self._process.join()
+
+
+def _run_in_turn(pipe: Connection, make: Callable[[], Callable[[], object]]) -> None:
+    run = make()
+    while pipe.recv():
         run()
-    samples = {name: Samples() for name in runs}
-    stop = time.monotonic() + limit_s
-    while time.monotonic() < stop and min(len(sample.quiet) for sample in samples.values()) < rounds:
-        for name, run in runs.items():
+        passes = []
+        for _ in range(PASSES - 1):
             busy, own, start = _busy_s(), time.process_time(), time.perf_counter()
             run()
             taken = time.perf_counter() - start
-            others = _busy_s() - busy - (time.process_time() - own)
-            samples[name].all.append(taken)
-            if others < 0.1 * taken + 0.02:
-                samples[name].quiet.append(taken)
-    return samples
+            passes.append((taken, _busy_s() - busy - (time.process_time() - own)))
+        pipe.send(passes)
 
 
 def saved_bytes(network: nn.Module, x: torch.Tensor) -> int:
