@@ -15,7 +15,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from data_prep import jpeg, jpeg_header
+from data_prep import jpeg, jpeg_header, jpeg_scans
 from model import load
 from model.blocks import NUM_FEAT, UpscalingNetwork
 from model.inference import upscale
@@ -200,13 +200,11 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
 
 
 def _refuse_cut_off(path: Path) -> None:
-    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray.
-
-    Baseline JPEGs only: of progressive ones any part is a whole image.
-    """
+    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray."""
     data = path.read_bytes()
     header = jpeg_header.parse(data)
-    if header is not None and jpeg.seek_points(data, header) is None:
+    is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
+    if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
         raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
 
 

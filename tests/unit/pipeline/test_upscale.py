@@ -1,5 +1,6 @@
 """`hatchery upscale` as a user runs it, on real image files and weights files."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -7,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from model import build
 from model.inference import upscale
@@ -82,16 +84,21 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
     write_picture(tmp_path / "in" / "cut.jpg", Picture(levels(60, 80)))
     whole = (tmp_path / "in" / "cut.jpg").read_bytes()
     (tmp_path / "in" / "cut.jpg").write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")  # ends like a sound one
+    buffer = io.BytesIO()
+    Image.fromarray(levels(60, 80)).save(buffer, "JPEG", progressive=True)
+    (tmp_path / "in" / "cut-too.jpg").write_bytes(buffer.getvalue()[:-60] + b"\xff\xd9")
     (tmp_path / "in" / "notes.txt").write_text("no image")
     code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 1
     assert [line.split(": ")[1] for line in err.splitlines() if line.startswith("hatchery: ")] == [
         f"{tmp_path}/in/b-broken.png cannot be read",
+        f"{tmp_path}/in/cut-too.jpg cannot be read",
         f"{tmp_path}/in/cut.jpg cannot be read",
     ]
     assert files(tmp_path / "in" / "out") == ["a.png", "sub/C.TIF", "sub/b.jpg"]
     (tmp_path / "in" / "b-broken.png").unlink()
     (tmp_path / "in" / "cut.jpg").unlink()
+    (tmp_path / "in" / "cut-too.jpg").unlink()
     code, out, _ = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 0
     assert "[3/3]" in out, "results of the first run are no images to upscale"
