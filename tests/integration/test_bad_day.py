@@ -154,18 +154,37 @@ def test_a_bad_day_ends_with_the_weights_of_a_good_one(tmp_path: Path) -> None:
             assert job.process.wait(timeout=300) == 0, job.log.read_text()[-6000:]
             (weights,) = [f for f in storage.list_files(checkpoints) if f.uri.endswith("/weights.pth")]
             storage.download(weights.uri, tmp_path / "weights.pth")
-            mine = read_weights(tmp_path / "weights.pth")
-            for name, value in good.items():
-                torch.testing.assert_close(mine[name], value, rtol=1e-3, atol=1e-5, msg=name)
-            assert_every_metric_arrived(MlflowClient(mlflow.uri))
+            assert_same_training(read_weights(tmp_path / "weights.pth"), good)
+            assert_same_losses(losses(mlflow.uri), losses(f"sqlite:///{tmp_path}/runs/mlflow.db"))
         finally:
             mlflow.stop()
             for node in cluster.nodes[1:]:
                 stop(node)
 
 
-def assert_every_metric_arrived(client: MlflowClient) -> None:
+def losses(uri: str) -> list[tuple[int, float]]:
+    """(step, mean loss of the five steps up to it), as MLflow has them; what was done twice occurs twice."""
+    client = MlflowClient(uri)
     (experiment,) = client.search_experiments(filter_string="name = 'hatchery'")
     (run,) = client.search_runs([experiment.experiment_id], "tags.`hatchery.stage` = 'pretrain-x2'")
-    steps = {point.step for point in client.get_metric_history(run.info.run_id, "loss")}
-    assert steps == set(range(5, STEPS + 1, 5))
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, "loss")]
+
+
+def assert_same_losses(found: list[tuple[int, float]], good: list[tuple[int, float]]) -> None:
+    """Every metric arrived, and at every step the samples were the same.
+
+    With as many workers as on the good day losses are equal. With one, sums are taken in another order, which each step
+    makes grow; 0.8 % was the most seen. Other samples change such a mean by 5 to 20 %.
+    """
+    expected = dict(good)
+    assert {step for step, _ in found} == set(expected) == set(range(5, STEPS + 1, 5))
+    for step, loss in found:
+        assert loss == pytest.approx(expected[step], rel=1e-6 if step <= 2 * EVERY else 0.02), f"step {step}"
+
+
+def assert_same_training(found: dict[str, torch.Tensor], good: dict[str, torch.Tensor]) -> None:
+    """By the distance of all weights together, relative to their size: 0.0003 was seen."""
+    assert found.keys() == good.keys()
+    names = [name for name, value in good.items() if value.is_floating_point()]
+    mine, others = (torch.cat([weights[name].flatten() for name in names]) for weights in (found, good))
+    assert float((mine - others).norm() / others.norm()) < 0.002
