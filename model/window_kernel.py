@@ -270,7 +270,7 @@ def room(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in another dtype, in the room of this name."""
-    return x if x.dtype == dtype else room(name, tuple(x.shape), dtype).copy_(x)
+    return x if x.dtype == dtype else room(name, x.shape, dtype).copy_(x)
 
 
 def _slices(count: int, at_once: int) -> Iterator[slice]:

@@ -2,12 +2,11 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.context
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 
 import torch
 from torch import nn
@@ -50,51 +49,42 @@ def race(
     """
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
-        lanes = {name: stack.enter_context(_Lane(context, make)) for name, make in makers.items()}
+        lanes = {
+            name: stack.enter_context(ProcessPoolExecutor(1, context, initializer=_take_up, initargs=(make,)))
+            for name, make in makers.items()
+        }
         for lane in lanes.values():
-            lane.turn()
+            lane.submit(_turn).result()
         samples = {name: Samples() for name in makers}
         stop = time.monotonic() + limit_s
         while time.monotonic() < stop and min(len(sample.quiet) for sample in samples.values()) < rounds:
             for name, lane in lanes.items():
-                for taken, others in lane.turn():
+                for taken, others in lane.submit(_turn).result():
                     samples[name].all.append(taken)
                     if others < 0.1 * taken + 0.02:
                         samples[name].quiet.append(taken)
     return samples
 
 
-class _Lane(contextlib.AbstractContextManager["_Lane"]):
-    """A process that runs what a maker makes there, when it is its turn."""
-
-    def __init__(self, context: multiprocessing.context.SpawnContext, make: Callable[[], Callable[[], object]]) -> None:
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_run_in_turn, args=(theirs, make), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def turn(self) -> list[tuple[float, float]]:
-        """Of each counted pass: seconds that it took, CPU seconds that other processes had meanwhile."""
-        self._pipe.send(True)
-        return self._pipe.recv()
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):
-            self._pipe.send(False)
-        self._process.join()
+_RUNS: list[Callable[[], object]] = []
+"""What this process runs in its turn."""
 
 
-def _run_in_turn(pipe: Connection, make: Callable[[], Callable[[], object]]) -> None:
-    run = make()
-    while pipe.recv():
+def _take_up(make: Callable[[], Callable[[], object]]) -> None:
+    _RUNS.append(make())
+
+
+def _turn() -> list[tuple[float, float]]:
+    """Of each counted pass: seconds that it took, CPU seconds that other processes had meanwhile."""
+    (run,) = _RUNS
+    run()
+    passes = []
+    for _ in range(PASSES - 1):
+        busy, own, start = _busy_s(), time.process_time(), time.perf_counter()
         run()
-        passes = []
-        for _ in range(PASSES - 1):
-            busy, own, start = _busy_s(), time.process_time(), time.perf_counter()
-            run()
-            taken = time.perf_counter() - start
-            passes.append((taken, _busy_s() - busy - (time.process_time() - own)))
-        pipe.send(passes)
+        taken = time.perf_counter() - start
+        passes.append((taken, _busy_s() - busy - (time.process_time() - own)))
+    return passes
 
 
 def saved_bytes(network: nn.Module, x: torch.Tensor) -> int:

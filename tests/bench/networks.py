@@ -28,7 +28,6 @@ THREADS = 2
 SIZE_PX = 64
 PRODUCT_SIDE = 1536
 """Side of the square matrices whose product is the yardstick."""
-PRODUCTS = 10
 ROUNDS = 10
 LIMIT_S = {"inference": 60, "training": 180}
 """For how long to wait for rounds without other work on the machine."""
@@ -160,36 +159,31 @@ def side_pass(arch: str, mode: str, side: str, bf16: bool, keep: bool = False) -
     return partial(train_step if mode == "training" else infer, network, example(), bf16)
 
 
-def product_pass(dtype: torch.dtype) -> Callable[[], object]:
-    """A plain matrix product of PRODUCT_SIDE**3 multiply-adds, ten times."""
+def product(dtype: torch.dtype) -> Callable[[], object]:
+    """A plain matrix product of PRODUCT_SIDE**3 multiply-adds."""
     torch.set_num_threads(THREADS)
     a, b = (torch.rand(PRODUCT_SIDE, PRODUCT_SIDE, dtype=dtype) for _ in range(2))
-
-    def products() -> None:
-        for _ in range(PRODUCTS):
-            torch.mm(a, b)
-
-    return products
+    return partial(torch.mm, a, b)
 
 
 def times(arch: str) -> dict[str, float]:
-    """Median seconds of each side, forward alone and forward with backward; the product's of one."""
+    """Median seconds of each side, forward alone and forward with backward."""
     measured = {}
     for mode in ("inference", "training"):
-        names = {"plain": "plain", "fp32": "ours"} | ({"blocks fp32": "blocks"} if mode == "training" else {})
-        makers: dict[str, Callable[[], Callable[[], object]]] = {}
-        for name, side in names.items():
-            keep = mode == "training" and side != "plain"
-            makers[f"{mode} {name}"] = partial(side_pass, arch, mode, side, False, keep)
-            bf16 = f"{mode} {name} bf16" if name == "plain" else f"{mode} {name.replace('fp32', 'bf16')}"
-            makers[bf16] = partial(side_pass, arch, mode, side, True, keep)
+        pass_of, keep = partial(side_pass, arch, mode), mode == "training"
+        makers: dict[str, Callable[[], Callable[[], object]]] = {
+            f"{mode} plain": partial(pass_of, "plain", False),
+            f"{mode} fp32": partial(pass_of, "ours", False, keep),
+            f"{mode} bf16": partial(pass_of, "ours", True, keep),
+            f"{mode} plain bf16": partial(pass_of, "plain", True),
+        }
         if mode == "training":
-            makers["training plain kept"] = partial(side_pass, arch, mode, "plain", False, True)
-        for dtype in (torch.float32, torch.bfloat16):
-            makers[f"{mode} product {'fp32' if dtype == torch.float32 else 'bf16'}"] = partial(product_pass, dtype)
+            makers["training blocks fp32"] = partial(pass_of, "blocks", False, keep)
+            makers["training blocks bf16"] = partial(pass_of, "blocks", True, keep)
+            makers["training plain kept"] = partial(pass_of, "plain", False, keep)
+        makers[f"{mode} product fp32"] = partial(product, torch.float32)
+        makers[f"{mode} product bf16"] = partial(product, torch.bfloat16)
         measured |= {name: samples.time_s for name, samples in race(makers, ROUNDS, LIMIT_S[mode]).items()}
-        for name in makers:
-            measured[name] /= PRODUCTS if "product" in name else 1
         print(f"  {mode}, ms:", ", ".join(f"{key} {1000 * measured[key]:.0f}" for key in makers), flush=True)
     return measured
 
