@@ -33,8 +33,8 @@ class StorageLock:
     say: told, in words, of waiting for an owner and of taking over the lock of a dead one.
     heartbeat_s: time between two signs of life; stale_after_s: silence after which an owner counts as dead.
     patience_s: how long a living owner is waited for before it is LockedError; 0: not at all.
-    If the lock is lost all the same (this process slept longer than stale_after_s and another run took it over), the
-    main thread is interrupted and the block ends with LockedError.
+    If the lock is lost all the same (this process slept longer than stale_after_s and another run took it over, or
+    something else was written to `uri`), the main thread is interrupted and the block ends with LockedError.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class StorageLock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "beat": 0,
         }
-        self.lost_to: str | None = None
+        self.lost: LockedError | None = None
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="hatchery-lock", daemon=True)
 
@@ -75,10 +75,8 @@ class StorageLock:
     ) -> None:
         self.done.set()
         self.thread.join()
-        if self.lost_to is not None:
-            raise LockedError(
-                f"{self.uri} was taken over by {self.lost_to} while this run was silent: stop one of both"
-            )
+        if self.lost is not None:
+            raise self.lost
         held = self._read()
         if held is not None and held["token"] == self.record["token"]:
             storage.delete(self.uri)
@@ -142,13 +140,17 @@ class StorageLock:
             try:
                 found = self._read()
                 if found is not None and found["token"] != self.record["token"]:
-                    self.lost_to = str(found["owner"])
-                    signals.interrupt()
-                    return
+                    raise LockedError(
+                        f"{self.uri} was taken over by {found['owner']} while this run was silent: stop one of both"
+                    )
                 self.record["beat"] += 1
                 storage.write_bytes(self.uri, self._content())
             except storage.StorageError:
                 continue  # the storage is away for now; what writes results says so if it stays away
+            except LockedError as error:
+                self.lost = error
+                signals.interrupt()
+                return
 
 
 def _life(record: dict[str, Any]) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import storage
 from pipeline.lock import LockedError, StorageLock
 from tests.shared_data import ROOT
 
@@ -38,8 +39,14 @@ def holder(place):
 
 
 def edit(place, **changes):
-    path = Path(place)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    overwrite(place, json.dumps(json.loads(Path(place).read_text()) | changes).encode())
+
+
+def overwrite(place, content):
+    """Write until it stays: a sign of life of the lock's owner may have been on its way."""
+    while Path(place).read_bytes() != content:
+        storage.write_bytes(place, content)
+        time.sleep(0.25)
 
 
 def test_one_after_the_other(place):
@@ -142,6 +149,17 @@ def test_a_lost_lock_interrupts_its_owner(place):
     with pytest.raises(LockedError, match="was taken over by somebody@else"):
         lose()
     assert json.loads(Path(place).read_text())["token"] == "other"
+
+
+def test_a_lock_that_was_overwritten_interrupts_its_owner(place):
+    def lose() -> None:
+        with StorageLock(place, "mine", heartbeat_s=0.1):
+            overwrite(place, b"")
+            time.sleep(10)
+
+    with pytest.raises(LockedError, match="is not a lock file: delete it"):
+        lose()
+    assert Path(place).read_bytes() == b""
 
 
 def test_what_is_no_lock_file_is_left_alone(place):

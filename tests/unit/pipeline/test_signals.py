@@ -1,6 +1,5 @@
 """Asking a training to end: first by a checkpoint, then at once; a lost lock never waits for one."""
 
-import json
 import os
 import signal
 import threading
@@ -14,6 +13,7 @@ import ray.train
 from pipeline import signals
 from pipeline.launch import _Trainer
 from pipeline.lock import LockedError, StorageLock
+from tests.unit.pipeline.test_lock import edit
 
 
 def send(number: int) -> None:
@@ -75,7 +75,7 @@ def trainer(folder: Path, work: Any) -> _Trainer:
 
 
 def lose(place: Path) -> None:
-    place.write_text(json.dumps(json.loads(place.read_text()) | {"token": "other", "owner": "somebody@else"}))
+    edit(str(place), token="other", owner="somebody@else")
 
 
 def test_a_lock_lost_in_a_training_and_after_it_ends_the_run(ray_local: Any, tmp_path: Path) -> None:
