@@ -1,10 +1,15 @@
 """What a training is given of a cluster."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import ray
 
 from pipeline import cluster
 from pipeline.config import ComputeConfig
+from tests.shared_data import ROOT
 
 
 def having(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
@@ -39,3 +44,18 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster.shortage(compute) is None
     having(monkeypatch, CPU=64)
     assert cluster.shortage(compute) is None
+
+
+NICENESS = """
+import os, ray
+from pipeline.cluster import connected
+from pipeline.config import ComputeConfig
+with connected(ComputeConfig(), "local", debug=False):
+    print(ray.get(ray.remote(lambda: os.nice(0)).remote()))
+"""
+
+
+def test_workers_of_a_local_cluster_run_at_full_priority() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    done = subprocess.run([sys.executable, "-c", NICENESS], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
