@@ -1,61 +1,43 @@
-"""LPIPS 0.1 (Zhang et al., CVPR 2018, arXiv 1801.03924): distance of deep features; lower is more alike.
+"""Distances of deep features, lower is more alike: LPIPS 0.1 and DISTS.
 
-Weights are the user's: a backbone in torchvision's layout (AlexNet or VGG-16, `features.0.weight` ...) and the
-calibration in the authors' (`lin0.model.1.weight` ...). Which backbone it is shows in the shapes. Axes in tensor names:
-b batch, c channels, h height, w width.
+LPIPS: Zhang et al., CVPR 2018, arXiv 1801.03924; by AlexNet or VGG-16. DISTS: Ding et al., TPAMI 2020, arXiv
+2004.07728; by VGG-16. Weights are the user's: the backbone in torchvision's layout and the authors' calibration.
+Axes in tensor names: b batch, c channels, h height, w width.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
+from model.backbone import VGG16, Backbone
 from model.weights import read_weights
 
-_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in -1..1
+_LPIPS_MEAN, _LPIPS_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in -1..1
+_DISTS_MEAN, _DISTS_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in 0..1
+_STABLE = 1e-6  # DISTS adds it above and below its fractions
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A convolution of a backbone: its number in torchvision's file, and what is done before and after it."""
+class Distance(Protocol):
+    """How unlike two images are; 0: not at all."""
 
-    number: int
-    stride: int = 1
-    padding: int = 1
-    pool: tuple[int, int] | None = None  # (size, stride) of the max pooling before it
-    is_tap: bool = False  # its activation is compared
-
-
-_ALEXNET = (
-    _Layer(0, stride=4, padding=2, is_tap=True),
-    _Layer(3, padding=2, pool=(3, 2), is_tap=True),
-    _Layer(6, pool=(3, 2), is_tap=True),
-    _Layer(8, is_tap=True),
-    _Layer(10, is_tap=True),
-)
-_VGG16 = tuple(
-    _Layer(number, pool=(2, 2) if number in (5, 10, 17, 24) else None, is_tap=number in (2, 7, 14, 21, 28))
-    for number in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-)
+    def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8], crop: int = 0) -> float:
+        """Of two uint8 RGB images (H, W, 3), borders of `crop` px cut. ValueError for images of other shapes."""
 
 
 class Lpips:
-    """The distance of two images, from weights files; ValueError for files of another layout."""
+    """LPIPS from weights files, the calibration's being `lin0.model.1.weight` ...; ValueError for other layouts."""
 
     def __init__(self, backbone: str | Path, calibration: str | Path) -> None:
-        self.weights = read_weights(backbone)
-        self.layers = _layers_of(self.weights, backbone)
+        self.backbone = Backbone(backbone)
         linear = read_weights(calibration)
-        taps = [layer for layer in self.layers if layer.is_tap]
         self.linear = []
-        for number, layer in enumerate(taps):
+        for number, channels in enumerate(self.backbone.taps.values()):
             found = linear.get(f"lin{number}.model.1.weight")
-            channels = len(self.weights[f"features.{layer.number}.weight"])
             if found is None or found.numel() != channels:
                 raise ValueError(
                     f"{calibration}: lin{number}.model.1.weight for {channels} channels is missing: give the "
@@ -65,44 +47,71 @@ class Lpips:
 
     @torch.inference_mode()
     def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8], crop: int = 0) -> float:
-        """LPIPS of two uint8 RGB images (H, W, 3), borders of `crop` px cut. ValueError for images of other shapes."""
-        if a.shape != b.shape or a.ndim != 3:
-            raise ValueError(f"images differ in size: {a.shape} and {b.shape}; crop to a multiple of the scale first")
-        inside = slice(crop, a.shape[0] - crop), slice(crop, a.shape[1] - crop)
-        x_bchw = torch.stack([_normalised(image[inside]) for image in (a, b)])
+        """See `Distance`."""
+        x_bchw = _normalised(_pair(a, b, crop) * 2 - 1, _LPIPS_MEAN, _LPIPS_STD)
         total = 0.0
-        for features_bchw, linear in zip(self._features(x_bchw), self.linear, strict=True):
+        for features_bchw, linear in zip(self.backbone.activations(x_bchw), self.linear, strict=True):
             unit_bchw = features_bchw / (features_bchw.square().sum(1, keepdim=True).sqrt() + 1e-10)
             difference_chw = (unit_bchw[0] - unit_bchw[1]).square()
             total += float((difference_chw * linear[:, None, None]).sum(0).mean())
         return total
 
-    def _features(self, x_bchw: Tensor) -> list[Tensor]:
-        """The activations that are compared, first to last."""
-        taps = []
-        for layer in self.layers:
-            if layer.pool is not None:
-                x_bchw = F.max_pool2d(x_bchw, *layer.pool)
-            weight, bias = (self.weights[f"features.{layer.number}.{name}"] for name in ("weight", "bias"))
-            x_bchw = F.relu(F.conv2d(x_bchw, weight, bias, layer.stride, layer.padding))
-            if layer.is_tap:
-                taps.append(x_bchw)
-        return taps
+
+class Dists:
+    """DISTS from weights files, the calibration's being `alpha` and `beta`; ValueError for other layouts.
+
+    Images are compared in their own size, as super-resolution papers do; the authors' own script first shrinks those
+    whose short side is above 256 px.
+    """
+
+    def __init__(self, backbone: str | Path, calibration: str | Path) -> None:
+        self.backbone = Backbone(backbone)
+        if self.backbone.layers is not VGG16:
+            raise ValueError(f"{backbone} holds AlexNet: DISTS is made of VGG-16")
+        found = read_weights(calibration)
+        self.channels = [3, *self.backbone.taps.values()]
+        for name in ("alpha", "beta"):
+            if name not in found or found[name].numel() != sum(self.channels):
+                raise ValueError(
+                    f"{calibration}: {name} for {sum(self.channels)} channels is missing: give the authors' weights.pt"
+                )
+        total = found["alpha"].sum() + found["beta"].sum()
+        self.texture, self.structure = (found[name].flatten() / total for name in ("alpha", "beta"))
+
+    @torch.inference_mode()
+    def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8], crop: int = 0) -> float:
+        """See `Distance`."""
+        x_bchw = _pair(a, b, crop)
+        features = [x_bchw, *self.backbone.activations(_normalised(x_bchw, _DISTS_MEAN, _DISTS_STD), _l2_pool)]
+        alike = 0.0
+        shares = (self.texture.split(self.channels), self.structure.split(self.channels))
+        for (one_chw, other_chw), texture, structure in zip(features, *shares, strict=True):
+            means = [x_chw.mean((1, 2), keepdim=True) for x_chw in (one_chw, other_chw)]
+            residues = (one_chw - means[0], other_chw - means[1])
+            alike += float((texture * _agreement(*means) + structure * _agreement(*residues)).sum())
+        return 1 - alike
 
 
-def _layers_of(weights: Mapping[str, Tensor], path: str | Path) -> tuple[_Layer, ...]:
-    for layers in (_ALEXNET, _VGG16):
-        first = weights.get("features.0.weight")
-        side = 11 if layers is _ALEXNET else 3
-        if (
-            first is not None
-            and first.shape[2] == side
-            and all(f"features.{layer.number}.{name}" in weights for layer in layers for name in ("weight", "bias"))
-        ):
-            return layers
-    raise ValueError(f"{path} holds neither AlexNet nor VGG-16 in torchvision's layout (features.0.weight ...)")
+def _pair(a: NDArray[np.uint8], b: NDArray[np.uint8], crop: int) -> Tensor:
+    """(2, 3, H, W), 0..1."""
+    if a.shape != b.shape or a.ndim != 3:
+        raise ValueError(f"images differ in size: {a.shape} and {b.shape}; crop to a multiple of the scale first")
+    inside = slice(crop, a.shape[0] - crop), slice(crop, a.shape[1] - crop)
+    return torch.stack([torch.tensor(image[inside]).permute(2, 0, 1).float() / 255 for image in (a, b)])
 
 
-def _normalised(image: NDArray[np.uint8]) -> Tensor:
-    x_chw = torch.tensor(image).permute(2, 0, 1).float() / 127.5 - 1
-    return (x_chw - torch.tensor(_SHIFT)[:, None, None]) / torch.tensor(_SCALE)[:, None, None]
+def _normalised(x_bchw: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    return (x_bchw - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def _agreement(one_chw: Tensor, other_chw: Tensor) -> Tensor:
+    """(C,): twice the mean product over the sum of mean squares, 1 where both are equal."""
+    product, one, other = ((a * b).mean((1, 2)) for a, b in ((one_chw, other_chw), (one_chw,) * 2, (other_chw,) * 2))
+    return (2 * product + _STABLE) / (one + other + _STABLE)
+
+
+def _l2_pool(x_bchw: Tensor, size: int, stride: int) -> Tensor:
+    """The root of the mean square around every second pixel, by a Hann window of three instead of `size`."""
+    hann = torch.tensor([0.25, 0.5, 0.25])
+    kernel = (hann[:, None] * hann[None, :]).expand(x_bchw.shape[1], 1, 3, 3)
+    return (F.conv2d(x_bchw.square(), kernel, stride=stride, padding=1, groups=x_bchw.shape[1]) + 1e-12).sqrt()

@@ -32,18 +32,32 @@ class LpipsConfig(Settings):
     calibration: str = Field(description="path or URI of the authors' linear weights (v0.1/alex.pth, vgg.pth)")
 
 
+class DistsConfig(Settings):
+    """Where DISTS finds its weights; they are not shipped."""
+
+    backbone: str = Field(description="path or URI of VGG-16's weights in torchvision's layout")
+    calibration: str = Field(description="path or URI of the authors' weights.pt")
+
+
 class Protocol(Settings):
     """How images are judged; part of what makes figures comparable."""
 
     ensemble: bool = Field(False, description="average the outputs for the eight flips and rotations (self-ensemble)")
     rgb: bool = Field(False, description="PSNR over all channels as well")
     lpips: LpipsConfig | None = Field(None, description="LPIPS as well, by the weights named; null: without")
+    dists: DistsConfig | None = Field(None, description="DISTS as well, by the weights named; null: without")
     tile: int | None = Field(None, ge=16, description="work on squares of this side in low-resolution px; null: whole")
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The figures of each image."""
-        return (*METRICS, *(["psnr_rgb"] if self.rgb else []), *(["lpips"] if self.lpips else []))
+        return (*METRICS, *(["psnr_rgb"] if self.rgb else []), *self.distances)
+
+    @property
+    def distances(self) -> dict[str, LpipsConfig | DistsConfig]:
+        """The distances of deep features that are asked for."""
+        known: dict[str, LpipsConfig | DistsConfig | None] = {"lpips": self.lpips, "dists": self.dists}
+        return {name: config for name, config in known.items() if config is not None}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ def evaluate(
         tuple[str, str] | None,
         typer.Option(metavar="BACKBONE CALIBRATION", help="LPIPS by these weights: torchvision's and the authors'."),
     ] = None,
+    dists: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="VGG16 CALIBRATION", help="DISTS by these weights: torchvision's and the authors'."),
+    ] = None,
     tile: Annotated[int | None, typer.Option(min=16, help="Work on squares of this side, low-resolution px.")] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=NUMBER", help="What weights do not tell, e.g. conv_scale=0.01.")
@@ -51,10 +55,15 @@ def evaluate(
 ) -> None:
     """Judge weights on benchmarks by the published protocol; several weights are compared image by image."""
     from pipeline import judge_weights
-    from pipeline.benchmark import LpipsConfig, Protocol
+    from pipeline.benchmark import DistsConfig, LpipsConfig, Protocol
 
-    deep = LpipsConfig(backbone=lpips[0], calibration=lpips[1]) if lpips else None
-    protocol = Protocol(ensemble=ensemble, rgb=rgb, lpips=deep, tile=tile)
+    protocol = Protocol(
+        ensemble=ensemble,
+        rgb=rgb,
+        lpips=LpipsConfig(backbone=lpips[0], calibration=lpips[1]) if lpips else None,
+        dists=DistsConfig(backbone=dists[0], calibration=dists[1]) if dists else None,
+        tile=tile,
+    )
     request = judge_weights.Request(weights, sets, protocol, option or [], pictures, out, tracking)
     judge_weights.run(request, console(), address, debug)
 

@@ -73,8 +73,8 @@ def _places(domain: DomainConfig) -> dict[str, str]:
     """Every place that a retraining reads or writes, by its key."""
     places = {"storage.uri": domain.storage.uri, "source": domain.source, "replay.source": domain.replay.source}
     places |= {f"evaluate.sets.{name}": uri for name, uri in domain.evaluate.sets.items()}
-    if (lpips := domain.evaluate.protocol.lpips) is not None:
-        places |= {f"evaluate.protocol.lpips.{key}": uri for key, uri in lpips.model_dump().items()}
+    for name, config in domain.evaluate.protocol.distances.items():
+        places |= {f"evaluate.protocol.{name}.{key}": uri for key, uri in config.model_dump().items()}
     return places
 
 

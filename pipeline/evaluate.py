@@ -24,13 +24,15 @@ from model import load
 from model.blocks import UpscalingNetwork
 from model.inference import upscale
 from model.metrics import RESOLVED_DB, psnr_rgb, psnr_y, ssim_y
-from model.perceptual import Lpips
-from pipeline.benchmark import BenchmarkImage, LpipsConfig, Protocol, read_pair, upscale_bicubic
+from model.perceptual import Distance, Dists, Lpips
+from pipeline.benchmark import BenchmarkImage, DistsConfig, LpipsConfig, Protocol, read_pair, upscale_bicubic
 from pipeline.settings import Settings
+
+_DISTANCES: dict[str, Callable[..., Distance]] = {"lpips": Lpips, "dists": Dists}
 
 
 class ImageResult(Settings):
-    """Figures of one image: PSNR in dB (at most RESOLVED_DB), SSIM in 0..1, LPIPS from 0 for equal images on.
+    """Figures of one image: PSNR in dB (at most RESOLVED_DB), SSIM in 0..1, LPIPS and DISTS from 0 for equal ones on.
 
     `digest` names the image's content.
     """
@@ -41,10 +43,12 @@ class ImageResult(Settings):
     ssim_y: float
     psnr_rgb: float | None = None
     lpips: float | None = None
+    dists: float | None = None
     bicubic_psnr_y: float
     bicubic_ssim_y: float
     bicubic_psnr_rgb: float | None = None
     bicubic_lpips: float | None = None
+    bicubic_dists: float | None = None
 
 
 class SetResult(Settings):
@@ -58,10 +62,12 @@ class SetResult(Settings):
     ssim_y: float
     psnr_rgb: float | None = None
     lpips: float | None = None
+    dists: float | None = None
     bicubic_psnr_y: float
     bicubic_ssim_y: float
     bicubic_psnr_rgb: float | None = None
     bicubic_lpips: float | None = None
+    bicubic_dists: float | None = None
     images: tuple[ImageResult, ...]
 
 
@@ -76,15 +82,14 @@ class Judged:
 def figures(output: np.ndarray, high_res: np.ndarray, scale: int, protocol: Protocol) -> dict[str, float]:
     """The protocol's metrics of one image against the truth, PSNR up to what uint8 resolves. uint8 HxWx3."""
     known: dict[str, Callable[..., float]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
-    if protocol.lpips is not None:
-        known["lpips"] = load_lpips(protocol.lpips)
+    known |= {name: load_distance(name, config) for name, config in protocol.distances.items()}
     found = {metric: known[metric](output, high_res, scale) for metric in protocol.metrics}
     return {metric: min(value, RESOLVED_DB) if metric.startswith("psnr") else value for metric, value in found.items()}
 
 
-@functools.lru_cache(maxsize=1)
-def load_lpips(config: LpipsConfig) -> Lpips:
-    """LPIPS from the weights named. ValueError where they are absent or of another layout."""
+@functools.lru_cache(maxsize=2)
+def load_distance(name: str, config: LpipsConfig | DistsConfig) -> Distance:
+    """LPIPS or DISTS from the weights named. ValueError where they are absent or of another layout."""
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
         paths = []
         for number, uri in enumerate((config.backbone, config.calibration)):
@@ -92,9 +97,9 @@ def load_lpips(config: LpipsConfig) -> Lpips:
             storage.download(uri, path)
             paths.append(path)
         try:
-            return Lpips(*paths)
+            return _DISTANCES[name](*paths)
         except ValueError as error:
-            raise ValueError(f"LPIPS of {config.backbone} and {config.calibration}: {error}") from error
+            raise ValueError(f"{name.upper()} of {config.backbone} and {config.calibration}: {error}") from error
 
 
 def judge(

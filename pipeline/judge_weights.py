@@ -15,7 +15,7 @@ from pipeline import cluster, compare, pictures, registry, report, stages, track
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set, set_name
 from pipeline.cascade import fetch_published
 from pipeline.config import EVALUATION_SCALES, ComputeConfig
-from pipeline.evaluate import SetResult, Weights, evaluate, load_lpips
+from pipeline.evaluate import SetResult, Weights, evaluate, load_distance
 from pipeline.published import preset_of
 
 
@@ -84,8 +84,8 @@ def run(request: Request, console: Console, address: str | None = None, debug: b
     if len({found.scale for found in given}) > 1:
         scales = ", ".join(f"{found.title} x{found.scale}" for found in given)
         raise ValueError(f"weights of different scales cannot be compared: {scales}; judge each by itself")
-    if request.protocol.lpips is not None:
-        load_lpips(request.protocol.lpips)  # what is wrong with it is said before work begins
+    for name, config in request.protocol.distances.items():
+        load_distance(name, config)  # what is wrong with it is said before work begins
     sets = {set_name(uri): read_set(uri, given[0].scale) for uri in request.sets}
     if len(sets) < len(request.sets):
         raise ValueError(f"two of the sets {', '.join(request.sets)} have the same name: rename a folder")

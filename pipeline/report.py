@@ -13,14 +13,13 @@ from pipeline.compare import Comparison
 from pipeline.evaluate import ImageResult, SetResult
 from pipeline.settings import Settings
 
-_FIGURES = tuple(f"{who}{metric}" for who in ("", "bicubic_") for metric in ("psnr_y", "ssim_y", "psnr_rgb", "lpips"))
+_MORE = {"psnr_rgb": "PSNR-RGB", "lpips": "LPIPS", "dists": "DISTS"}
+_FIGURES = tuple(f"{who}{metric}" for who in ("", "bicubic_") for metric in ("psnr_y", "ssim_y", *_MORE))
 
 
 def table(results: list[SetResult]) -> Table:
-    """PSNR-Y (dB) and SSIM-Y of every model and set, beside bicubic; PSNR over RGB and LPIPS where asked for."""
-    more = [
-        metric for metric in ("psnr_rgb", "lpips") if any(getattr(result, metric) is not None for result in results)
-    ]
+    """PSNR-Y (dB) and SSIM-Y of every model and set, beside bicubic; what else was asked for."""
+    more = [metric for metric in _MORE if any(getattr(result, metric) is not None for result in results)]
     ensemble = "self-ensemble, " if any(result.protocol.ensemble for result in results) else ""
     made = Table(title=f"PSNR-Y / SSIM-Y by the published protocol, {ensemble}means over images", title_justify="left")
     for heading in ("set", "scale", "model"):
@@ -28,7 +27,7 @@ def table(results: list[SetResult]) -> Table:
     headings = [
         "PSNR-Y",
         "SSIM-Y",
-        *({"psnr_rgb": "PSNR-RGB", "lpips": "LPIPS"}[metric] for metric in more),
+        *(_MORE[metric] for metric in more),
         "bicubic PSNR-Y",
         "bicubic SSIM-Y",
     ]

@@ -1,13 +1,14 @@
-"""LPIPS against figures that the authors' package gave for the same random weights and images."""
+"""LPIPS and DISTS against figures that the authors' packages gave for the same made-up weights and images."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from model.perceptual import Lpips
+from model.perceptual import Dists, Lpips
 
 ALEXNET = ((0, 3, 64, 11), (3, 64, 192, 5), (6, 192, 384, 3), (8, 384, 256, 3), (10, 256, 256, 3))
 VGG_WIDTHS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, **dict.fromkeys((17, 19, 21, 24, 26, 28), 512)}
@@ -34,6 +35,8 @@ def write(folder: Path, net: str) -> tuple[Path, Path]:
     linear = {f"lin{n}.model.1.weight": ramp(1, c, 1, 1).abs() for n, c in enumerate(TAPS[net])}
     torch.save(backbone, folder / f"{net}.pth")
     torch.save(linear, folder / f"{net}-linear.pth")
+    shares = {"alpha": ramp(1, 1475, 1, 1).abs(), "beta": ramp(1, 1475, 1, 1).flip(1).square() * 9}
+    torch.save(shares, folder / "weights.pt")
     return folder / f"{net}.pth", folder / f"{net}-linear.pth"
 
 
@@ -49,14 +52,35 @@ def test_figures_equal_the_authors_packages(tmp_path: Path, net: str, expected: 
     assert Lpips(*write(tmp_path, net))(*images()) == pytest.approx(expected, rel=1e-4)
 
 
-def test_equal_images_and_crops(tmp_path: Path) -> None:
-    distance = Lpips(*write(tmp_path, "alex"))
+def test_dists_equals_the_authors_package(tmp_path: Path) -> None:
+    """DISTS_pytorch 0.1, its VGG-16, alpha and beta replaced by the ones above."""
+    backbone, _ = write(tmp_path, "vgg")
+    found = Dists(backbone, tmp_path / "weights.pt")(*images())
+    assert found == pytest.approx(0.01827043, rel=1e-3)  # what is left of 1 by a sum in float32
+
+
+@pytest.mark.parametrize(
+    ("swap", "words"),
+    [
+        (lambda alex, vgg, own: (alex[0], own), "holds AlexNet: DISTS is made of VGG-16"),
+        (lambda alex, vgg, own: vgg, "alpha for 1475 channels is missing"),
+    ],
+)
+def test_other_files_than_dists_needs_are_refused(tmp_path: Path, swap: Callable[..., Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Dists(*swap(write(tmp_path, "alex"), write(tmp_path, "vgg"), tmp_path / "weights.pt"))
+
+
+@pytest.mark.parametrize("name", ["lpips", "dists"])
+def test_equal_images_and_crops(tmp_path: Path, name: str) -> None:
+    backbone, calibration = write(tmp_path, "vgg")
+    distance = Lpips(backbone, calibration) if name == "lpips" else Dists(backbone, tmp_path / "weights.pt")
     a, b = images()
-    assert distance(a, a) == 0
+    assert distance(a, a) == pytest.approx(0, abs=1e-6)
     framed = a.copy()
     framed[:2] = 0
-    assert distance(a, framed) > 0
-    assert distance(a, framed, crop=2) == 0
+    assert distance(a, framed) > 1e-4
+    assert distance(a, framed, crop=2) == distance(a, a, crop=2)
     with pytest.raises(ValueError, match="images differ in size"):
         distance(a, b[:-1])
 

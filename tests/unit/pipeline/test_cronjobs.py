@@ -198,6 +198,7 @@ def test_the_cron_lines_job_finds_its_file_and_its_storage(tmp_path: Path) -> No
         ("replay.source=/old", "replay.source '/old'"),
         ("evaluate.sets.Set5=/data/Set5", "evaluate.sets.Set5 '/data/Set5'"),
         ("evaluate.protocol.lpips={backbone: s3://w/a.pth, calibration: b.pth}", r"lpips\.calibration 'b\.pth'"),
+        ("evaluate.protocol.dists={backbone: s3://w/v.pth, calibration: w.pt}", r"dists\.calibration 'w\.pt'"),
         ("tracking.uri=null", "tracking.uri"),
     ],
 )
