@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model.losses import build_loss
+from model.tiles import is_out_of_memory
 from pipeline.config import ComputeConfig, PhaseConfig
 from pipeline.memory import StateBytes, saved_bytes, training_pass
 
@@ -74,7 +75,9 @@ def _needed(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16:
     """What `_trial` finds; infinite where memory runs out. Raising would leave the other ranks waiting for a vote."""
     try:
         return _trial(network, phase, size, scale, bf16)
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return math.inf
     finally:
         torch.cuda.empty_cache()

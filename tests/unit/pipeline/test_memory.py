@@ -70,14 +70,15 @@ def test_too_little_memory_for_one_sample_is_said(alone, network):
 class Greedy(nn.Module):
     """A network that runs out of memory above a number of samples."""
 
-    def __init__(self, fitting: int) -> None:
+    def __init__(self, fitting: int, error: RuntimeError | None = None) -> None:
         super().__init__()
         self.fitting = fitting
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.layer = nn.Conv2d(3, 12, 3, padding=1)
 
     def forward(self, x):
         if len(x) > self.fitting:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return nn.functional.pixel_shuffle(self.layer(x), 2)
 
 
@@ -87,6 +88,14 @@ def test_a_trial_may_run_out_of_memory(alone):
     assert find_micro_batch(Greedy(1), PHASE, compute, 2, bf16=False) == 1
     with pytest.raises(ValueError, match=r"not one sample .* \(out of memory when tried here\): set"):
         find_micro_batch(Greedy(0), PHASE, compute, 2, bf16=False)
+
+
+def test_libraries_that_run_out_of_memory_are_understood_and_other_errors_told(alone):
+    compute = ComputeConfig(micro_batch="auto", memory_limit_gb=1)
+    full = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    assert find_micro_batch(Greedy(1, full), PHASE, compute, 2, bf16=False) == 1
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        find_micro_batch(Greedy(1, RuntimeError("an illegal memory access")), PHASE, compute, 2, bf16=False)
 
 
 def voting(rank, folder):
