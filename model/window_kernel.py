@@ -153,22 +153,13 @@ class _Work:
         return _slices(self.q.shape[3], self.rows_at_once)
 
     def parts(self, band: _Band) -> Iterator[_Part]:
-        """The windows of a band, as many at once as fit the buffer; with masks some of a row, or whole rows.
-
-        So few different orders of masks occur, and biases made for one part serve many others.
-        """
+        """The windows of a band, as many at once as fit the buffer."""
         columns, rows = self.q.shape[2], band.rows.stop - band.rows.start
-        run = count = (band.images.stop - band.images.start) * rows * columns
-        at_once = self.windows_at_once
-        if self.attention.masks_gnm is not None:
-            run = min(run, columns) if at_once < columns else run
-            at_once = at_once - at_once % columns or at_once
         heads = self.attention.num_heads
-        for begin in range(0, count, run):
-            for some in _slices(run, at_once):
-                windows = range(begin + some.start, begin + some.stop)
-                masks = tuple(self._mask(band.rows.start + w // columns % rows, w % columns) for w in windows)
-                yield _Part(slice(windows.start * heads, windows.stop * heads), masks)
+        for some in _slices((band.images.stop - band.images.start) * rows * columns, self.windows_at_once):
+            windows = range(some.start, some.stop)
+            masks = tuple(self._mask(band.rows.start + w // columns % rows, w % columns) for w in windows)
+            yield _Part(slice(some.start * heads, some.stop * heads), masks)
 
     def _mask(self, row: int, column: int) -> int | None:
         """The mask of the window in this place."""
@@ -208,38 +199,26 @@ class _Work:
         width = self.q.shape[4]
         return slice(rows.start * width, rows.stop * width)
 
-    def biases(self, rows: slice, gather: "Gather") -> Callable[[_Part], Tensor]:
-        """Per part the bias of its windows with their masks, (V, N, M)."""
+    def bias(self, rows: slice, gather: "Gather") -> Tensor:
+        """(A, N, M): of the queries in some rows of any window, without its mask."""
         queries = self.queries(rows)
-        index_nm = self.attention.index_rows(queries.start, queries.stop)
-        bias_anm = gather(self.table_pa, index_nm, self.q.dtype)
-        plain_vnm = bias_anm if self.windows_at_once == 1 else bias_anm.repeat(self.windows_at_once, 1, 1)
-        made: dict[tuple[int | None, ...], Tensor] = {}
+        return gather(self.table_pa, self.attention.index_rows(queries.start, queries.stop), self.q.dtype)
 
-        masks_gnm = self.attention.masks_gnm
-
-        def masked(masks: tuple[int | None, ...]) -> Tensor:
-            made = room(f"bias {masks}", (len(masks), *bias_anm.shape), bias_anm.dtype)
-            for mask, place_anm in zip(masks, made, strict=True):
-                if mask is None or masks_gnm is None:
-                    place_anm.copy_(bias_anm)
-                else:
-                    torch.add(bias_anm, masks_gnm[mask, queries].to(bias_anm.dtype), out=place_anm)
-            return made.flatten(0, 1)
-
-        def of(part: _Part) -> Tensor:
-            if set(part.masks) == {None}:
-                return plain_vnm[: len(part.masks) * self.attention.num_heads]
-            if part.masks not in made:
-                made[part.masks] = masked(part.masks)
-            return made[part.masks]
-
-        return of
-
-    def weights(self, q_vnd: Tensor, k_vmd: Tensor, bias_vnm: Tensor) -> Tensor:
+    def weights(self, part: _Part, rows: slice, q_vnd: Tensor, k_vmd: Tensor, bias_anm: Tensor) -> Tensor:
         """(V, N, M): softmax of the scores, in the buffer. In bf16 scores are rounded like all other products."""
-        scores_vnm = self.buffer[: bias_vnm.numel()].view_as(bias_vnm)
-        torch.baddbmm(bias_vnm, q_vnd, k_vmd.transpose(1, 2), alpha=self.scale, out=scores_vnm)
+        shape = len(part.masks), *bias_anm.shape
+        scores_wanm = self.buffer[: math.prod(shape)].view(shape)
+        masks_gnm, queries = self.attention.masks_gnm, self.queries(rows)
+        if masks_gnm is None or set(part.masks) == {None}:
+            scores_wanm.copy_(bias_anm)
+        else:
+            for mask, scores_anm in zip(part.masks, scores_wanm, strict=True):
+                if mask is None:
+                    scores_anm.copy_(bias_anm)
+                else:
+                    torch.add(bias_anm, masks_gnm[mask, queries].to(bias_anm.dtype), out=scores_anm)
+        scores_vnm = scores_wanm.flatten(0, 1)
+        scores_vnm.baddbmm_(q_vnd, k_vmd.transpose(1, 2), alpha=self.scale)
         return torch.softmax(scores_vnm, -1, out=scores_vnm)
 
 
@@ -347,9 +326,9 @@ def _attend(work: _Work, gather: Gather) -> Tensor:
         q_vnd, k_vmd, v_vmd = (work.together(name, windows, band) for name, windows in work.given.items())
         out_vnd = _narrow_room("out", q_vnd)
         for rows in work.rows():
-            biases, queries = work.biases(rows, gather), work.queries(rows)
+            bias_anm, queries = work.bias(rows, gather), work.queries(rows)
             for part in work.parts(band):
-                weights_vnm = work.weights(q_vnd[part.heads, queries], k_vmd[part.heads], biases(part))
+                weights_vnm = work.weights(part, rows, q_vnd[part.heads, queries], k_vmd[part.heads], bias_anm)
                 _narrow_product(out_vnd[part.heads, queries], weights_vnm, v_vmd[part.heads])
         work.put(out, band, out_vnd)
     return out_bhwc
@@ -400,10 +379,10 @@ class _Gradients:
             for keys in made[1:]:
                 keys.zero_()
         for rows in work.rows():
-            biases, queries = work.biases(rows, gather_bias), work.queries(rows)
+            bias_anm, queries = work.bias(rows, gather_bias), work.queries(rows)
             grad_bias_anm = self.table_ap.new_zeros(heads, queries.stop - queries.start, work.num_keys)
             for part in work.parts(band):
-                grad_vnm = self._add_part(part, queries, biases(part), given, made, keys_meet)
+                grad_vnm = self._add_part(part, rows, bias_anm, given, made, keys_meet)
                 for grad_anm in grad_vnm.split(heads):
                     grad_bias_anm += _cast("bias gradient", grad_anm, grad_bias_anm.dtype)
             index_nm = work.attention.index_rows(queries.start, queries.stop)
@@ -416,18 +395,18 @@ class _Gradients:
     def _add_part(
         self,
         part: _Part,
-        queries: slice,
-        bias_vnm: Tensor,
+        rows: slice,
+        bias_anm: Tensor,
         given: list[Tensor],
         made: list[Tensor],
         keys_meet: bool,
     ) -> Tensor:
         """Add what some queries of a part contribute; returns the gradient of the scores, (V, N, M)."""
-        here = part.heads
+        here, queries = part.heads, self.work.queries(rows)
         q_vnd, k_vmd, v_vmd, out_vnd = given[0][here, queries], given[1][here], given[2][here], given[3][here, queries]
-        weights_vnm = self.work.weights(q_vnd, k_vmd, bias_vnm)
+        weights_vnm = self.work.weights(part, rows, q_vnd, k_vmd, bias_anm)
         _narrow_product(made[2][here], weights_vnm.transpose(1, 2), out_vnd, add=keys_meet)
-        grad_vnm = self.buffer[: bias_vnm.numel()].view_as(bias_vnm)
+        grad_vnm = self.buffer[: weights_vnm.numel()].view_as(weights_vnm)
         torch.bmm(out_vnd, v_vmd.transpose(1, 2), out=grad_vnm)
         torch.ops.aten._softmax_backward_data.out(grad_vnm, weights_vnm, -1, grad_vnm.dtype, grad_input=grad_vnm)
         _narrow_product(made[0][here, queries], grad_vnm, k_vmd)
