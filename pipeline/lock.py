@@ -93,9 +93,12 @@ class StorageLock:
                 raise
             return None
         try:
-            return dict(json.loads(content))
-        except ValueError as error:
-            raise LockedError(f"{self.uri} is not a lock file: delete it if no run uses this storage") from error
+            record = json.loads(content)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not self.record.keys() <= record.keys():
+            raise LockedError(f"{self.uri} is not a lock file: delete it if no run uses this storage")
+        return record
 
     def _take_over_or_refuse(self, until: float) -> None:
         """Return where the lock is free to be tried again; LockedError where its owner lives beyond `until`."""

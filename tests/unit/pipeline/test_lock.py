@@ -151,15 +151,16 @@ def test_a_lost_lock_interrupts_its_owner(place):
     assert json.loads(Path(place).read_text())["token"] == "other"
 
 
-def test_a_lock_that_was_overwritten_interrupts_its_owner(place):
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"5"])
+def test_a_lock_that_was_overwritten_interrupts_its_owner(place, content):
     def lose() -> None:
         with StorageLock(place, "mine", heartbeat_s=0.1):
-            overwrite(place, b"")
+            overwrite(place, content)
             time.sleep(10)
 
     with pytest.raises(LockedError, match="is not a lock file: delete it"):
         lose()
-    assert Path(place).read_bytes() == b""
+    assert Path(place).read_bytes() == content
 
 
 def test_what_is_no_lock_file_is_left_alone(place):
