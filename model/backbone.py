@@ -47,9 +47,9 @@ class Backbone:
         self.layers = _layers_of(self.weights, path)
 
     @property
-    def taps(self) -> dict[int, int]:
-        """The channels of each activation that is compared, by its layer's number."""
-        return {tap.number: len(self.weights[f"features.{tap.number}.weight"]) for tap in self.layers if tap.is_tap}
+    def channels(self) -> list[int]:
+        """Of each activation that is compared, first to last."""
+        return [len(self.weights[f"features.{layer.number}.weight"]) for layer in self.layers if layer.is_tap]
 
     def activations(self, x_bchw: Tensor, pool: Callable[..., Tensor] = F.max_pool2d) -> list[Tensor]:
         """What is compared, first to last. `pool(x, size, stride)` stands between the stages."""

@@ -36,7 +36,7 @@ class Lpips:
         self.backbone = Backbone(backbone)
         linear = read_weights(calibration)
         self.linear = []
-        for number, channels in enumerate(self.backbone.taps.values()):
+        for number, channels in enumerate(self.backbone.channels):
             found = linear.get(f"lin{number}.model.1.weight")
             if found is None or found.numel() != channels:
                 raise ValueError(
@@ -69,7 +69,7 @@ class Dists:
         if self.backbone.layers is not VGG16:
             raise ValueError(f"{backbone} holds AlexNet: DISTS is made of VGG-16")
         found = read_weights(calibration)
-        self.channels = [3, *self.backbone.taps.values()]
+        self.channels = [3, *self.backbone.channels]
         for name in ("alpha", "beta"):
             if name not in found or found[name].numel() != sum(self.channels):
                 raise ValueError(

@@ -71,10 +71,20 @@ def test_other_files_than_dists_needs_are_refused(tmp_path: Path, swap: Callable
         Dists(*swap(write(tmp_path, "alex"), write(tmp_path, "vgg"), tmp_path / "weights.pt"))
 
 
-@pytest.mark.parametrize("name", ["lpips", "dists"])
-def test_equal_images_and_crops(tmp_path: Path, name: str) -> None:
-    backbone, calibration = write(tmp_path, "vgg")
-    distance = Lpips(backbone, calibration) if name == "lpips" else Dists(backbone, tmp_path / "weights.pt")
+def test_equal_images_and_crops(tmp_path: Path) -> None:
+    distance = Lpips(*write(tmp_path, "alex"))
+    a, b = images()
+    assert distance(a, a) == 0
+    framed = a.copy()
+    framed[:2] = 0
+    assert distance(a, framed) > 0
+    assert distance(a, framed, crop=2) == 0
+    with pytest.raises(ValueError, match="images differ in size"):
+        distance(a, b[:-1])
+
+
+def test_equal_images_and_crops_by_dists(tmp_path: Path) -> None:
+    distance = Dists(write(tmp_path, "vgg")[0], tmp_path / "weights.pt")
     a, b = images()
     assert distance(a, a) == pytest.approx(0, abs=1e-6)
     framed = a.copy()
