@@ -1,6 +1,6 @@
 """Time spent in DeepSpeed's collectives, sampled: one step of each window is timed, the others run undisturbed."""
 
-from deepspeed.comm import comm
+from pipeline.deepspeed import comm
 
 
 class CommunicationProbe:

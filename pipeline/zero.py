@@ -8,16 +8,14 @@ without communication, and rank 0 their layout; `pipeline.checkpoint.assemble` m
 
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 from torch import Tensor, nn
 
 from data_prep.loader import micro_batches_per_step
 from pipeline.checkpoint import MOMENTS, Group, Part, State, assemble
 from pipeline.config import ComputeConfig, PhaseConfig
+from pipeline.deepspeed import deepspeed, ops, utils
 from pipeline.memory import bucket_elements
 from pipeline.optimizer import GuardedAdam
 
@@ -31,7 +29,7 @@ def initialize(
     Gradients are summed over the ranks in fp32.
     """
     # The shared-memory collective is compiled at first use: 30 s, a compiler, and a lock file that can hang.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = GuardedAdam(
         network.parameters(),
         max_norm=phase.grad_clip,
@@ -179,8 +177,8 @@ def _scatter(engine: Any, whole: dict[str, Tensor]) -> None:
         if hasattr(parameter, "ds_id"):  # stage 3: the library's own setter errs on padded parameters
             size = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-            safe_set_local_fp32_param(parameter, padded[dist.get_rank() * size :][:size])
+            utils.safe_set_local_fp32_param(parameter, padded[dist.get_rank() * size :][:size])
         elif hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, value)
+            utils.safe_set_full_fp32_param(parameter, value)
         else:
             parameter.data.copy_(value)

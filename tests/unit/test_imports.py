@@ -35,3 +35,8 @@ def test_packages_import_only_what_they_may(package: str) -> None:
 def test_the_driver_does_not_import_deepspeed() -> None:
     code = "import pipeline.pretrain, sys; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_training_processes_do_not_import_mlflow() -> None:
+    code = "import pipeline.train, sys; import deepspeed; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

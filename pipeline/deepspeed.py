@@ -1,0 +1,26 @@
+"""DeepSpeed without MLflow: its autotuner, which nothing here uses, imports MLflow, 1.2 s of every worker's start."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Importing `name` fails inside, as if it were not installed."""
+    known = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if known is not None:
+            sys.modules[name] = known
+
+
+with _hidden("mlflow"):
+    import deepspeed
+    from deepspeed import ops, utils
+    from deepspeed.comm import comm
+
+__all__ = ["comm", "deepspeed", "ops", "utils"]
