@@ -336,8 +336,14 @@ class Recipe(Places):
 
     @property
     def used_data(self) -> set[str]:
-        """The sets of `data` that some phase trains on, by itself or in a mix."""
-        return {name for phase in self.phases.values() for name in self.data_of(phase.data)}
+        """The sets of `data` that some training trains on, by itself or in a mix."""
+        return {name for phase in self.used_phases for name in self.data_of(phase.data)}
+
+    @property
+    def used_phases(self) -> list[PhaseConfig]:
+        """The phases that some training has, in the order of `phases`; others may come from an extended file."""
+        names = {training.phase for training in self.trainings.values()}
+        return [phase for name, phase in self.phases.items() if name in names]
 
     def data_of(self, name: str) -> tuple[str, ...]:
         """The sets of `data` behind the name of a set or a mix."""

@@ -52,7 +52,7 @@ def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
     """All stages of a recipe in the order they run."""
     used = recipe.used_data
     stages = [_shard_stage(recipe, name, outside.sources[name]) for name in recipe.data if name in used]
-    for name in dict.fromkeys(phase.data for phase in recipe.phases.values() if phase.data in recipe.mixes):
+    for name in dict.fromkeys(phase.data for phase in recipe.used_phases if phase.data in recipe.mixes):
         inputs = dict.fromkeys(f"shard-{data}" for data in recipe.data_of(name))
         parts = [part.model_dump(mode="json") for part in recipe.mixes[name]]
         stages.append(Stage(f"mix-{name}", "mix", "shard", tuple(inputs), {"parts": parts}))

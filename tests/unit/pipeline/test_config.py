@@ -30,6 +30,12 @@ def test_every_recipe_parses_and_says_what_it_is(name: str) -> None:
     assert "Cost" in header
 
 
+def test_only_data_that_something_trains_on_is_used() -> None:
+    assert load_recipe("hat_s").used_data == {"df2k"}  # it inherits phases on ImageNet
+    assert load_recipe("hat").used_data == {"df2k", "imagenet"}
+    assert load_recipe("hat", ["trainings.finetune-x4.phase=pretrain"]).used_data == {"df2k", "imagenet"}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_recipes_keep_the_papers_schedules(name: str) -> None:
     recipe = load_recipe(name)
