@@ -4,10 +4,10 @@ import hashlib
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.bicubic import Rounding
-from data_prep.degrade import DEGRADATIONS, Kind
+from data_prep.degrade import Crop, Kind, check, degradation
 from data_prep.image import Picture
 
 OnDamage = Literal["stop", "skip"]
@@ -35,6 +35,11 @@ class PairSettings(BaseModel):
     )
     cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the least recently used shards go")
 
+    @model_validator(mode="after")
+    def _arrives(self) -> "PairSettings":
+        check(self.degradation, self.scale)
+        return self
+
     @property
     def min_side_px(self) -> int:
         """The shortest side an image must have to hold a crop."""
@@ -56,12 +61,14 @@ def make_pair(picture: Picture, key: str, epoch: int, settings: PairSettings, cr
     """
     scale, patch = settings.scale, settings.patch_px
     height, width = picture.size[0] // scale, picture.size[1] // scale
-    rows, columns, turns, mirror = _draws(settings.seed, epoch, key, crop)
+    name = _name(settings.seed, epoch, key, crop)
+    rows, columns, turns, mirror = _draws(name)
     top, left = rows % (height - patch + 1), columns % (width - patch + 1)
-    size, way = (height * scale, width * scale), DEGRADATIONS[settings.degradation]
-    box = way.needs(size, scale, top, left, patch)
+    size, way, place = (height * scale, width * scale), degradation(settings.degradation), Crop(top, left, patch)
+    box = way.needs(size, scale, place)
     pixels = picture.region(box)
-    low_res = way.make(pixels, size, scale, top, left, patch, settings.rounding)
+    seed = hashlib.sha256(f"{name}/degradation".encode()).digest()
+    low_res = way.make(pixels, size, scale, place, settings.rounding, seed)
     y, x, side = top * scale - box.top, left * scale - box.left, patch * scale
     high_res = pixels[:, y : y + side, x : x + side]
     if settings.rotate:
@@ -80,8 +87,12 @@ def _turned(planes: np.ndarray, quarters: int) -> np.ndarray:
     return planes.transpose(0, 2, 1)[:, :, ::-1] if quarters == 3 else planes
 
 
-def _draws(seed: int, epoch: int, key: str, crop: int) -> tuple[int, ...]:
-    """Four numbers below 2**64 that follow from the sample's name and nothing else."""
-    name = f"{seed}/{epoch}/{key}" + (f"#{crop}" if crop else "")  # no key holds a "#": it would be quoted
+def _name(seed: int, epoch: int, key: str, crop: int) -> str:
+    """What a pair is called, and all that is drawn for it follows from."""
+    return f"{seed}/{epoch}/{key}" + (f"#{crop}" if crop else "")  # no key holds a "#": it would be quoted
+
+
+def _draws(name: str) -> tuple[int, ...]:
+    """Four numbers below 2**64 that follow from the pair's name and nothing else."""
     digest = hashlib.sha256(name.encode()).digest()
     return tuple(int.from_bytes(digest[start : start + 8], "little") for start in range(0, 32, 8))

@@ -1,7 +1,8 @@
 """Benchmark sets: which images they hold, and each as a pair of low and high resolution, by the published protocol.
 
-Ground truth is cut to a multiple of the scale. Low-resolution images are the set's published ones where it has
-them (LR_bicubic/X2 ..., LRbicx2 ...), else MATLAB-exact bicubic, as the published ones were made.
+Ground truth is cut to a multiple of the scale. Low-resolution images are made by the steps that are given; without
+any they are the set's published ones where it has them (LR_bicubic/X2 ..., LRbicx2 ..., LQ at scale 1), else
+MATLAB-exact bicubic, as the published ones were made.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ from pydantic import Field
 
 from data_prep import sources
 from data_prep.bicubic import imresize, to_uint8
+from data_prep.degrade import degrade
+from data_prep.degrade_steps import Step
 from data_prep.image import decode
 from data_prep.sources import Item
 from pipeline.settings import Settings
@@ -22,7 +25,7 @@ from pipeline.settings import Settings
 METRICS = ("psnr_y", "ssim_y")
 _CUT = re.compile(r"GTmod(\d+)/")  # BasicSR's: ground truth cut to a multiple
 _TRUTH = re.compile(r"HR|GTmod\d+")
-_LOW_RES = re.compile(r"(?i)(.*_)?lr([_-].*|bic.*|x?\d.*)?")
+_LOW_RES = re.compile(r"(?i)(.*_)?lr([_-].*|bic.*|x?\d.*)?|lq")
 
 
 class LpipsConfig(Settings):
@@ -62,16 +65,20 @@ class Protocol(Settings):
 
 @dataclass(frozen=True)
 class BenchmarkImage:
-    """One image of a benchmark; `low_res` is None where the set has no published one for the scale."""
+    """One image of a benchmark; `low_res` is None where it is to be made: by `steps`, or by bicubic without any."""
 
     name: str
     high_res: Item
     low_res: Item | None
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """uint8 HxWx3 images, the high-resolution one a multiple of the scale; `digest` names the files' content."""
+    """uint8 HxWx3 images, the high-resolution one a multiple of the scale; `digest` names the files' content.
+
+    The low-resolution one is float32, about 0..255, where noise was added that is not cut (see `degrade`).
+    """
 
     low_res: np.ndarray
     high_res: np.ndarray
@@ -84,18 +91,24 @@ def set_name(uri: str) -> str:
     return parts[-2] if len(parts) > 1 and _TRUTH.fullmatch(parts[-1]) else parts[-1].rstrip(":")
 
 
-def read_set(uri: str, scale: int, include: tuple[str, ...] = ()) -> list[BenchmarkImage]:
+def read_set(uri: str, scale: int, include: tuple[str, ...] = (), steps: tuple[Step, ...] = ()) -> list[BenchmarkImage]:
     """A benchmark's images. `uri`: a folder or prefix in one of the layouts that sets are published in.
 
     Truth is in HR/, or in GTmod2/, GTmod12/ ... (the one that the scale divides), else every image outside of folders
-    of low-resolution images. Low resolution is in LR_bicubic/X{scale}/ or LRbicx{scale}/, if there is any; its names
-    carry the scale (`babyx2.png` for `baby.png`) or equal the high-resolution ones.
-    ValueError where there is no image, two have one name, or some low-resolution image is missing.
+    of low-resolution images. Low resolution is in LR_bicubic/X{scale}/ or LRbicx{scale}/ (scale 1: LQ/), if there is
+    any; its names carry the scale (`babyx2.png` for `baby.png`) or equal the high-resolution ones. `steps` make all of
+    it instead.
+    ValueError where there is no image, two have one name, some low-resolution image is missing, or none at scale 1.
     """
     items = {unquote(item.key): item for item in sources.list_items(uri)}
     wanted = {item.key for item in sources.list_items(uri, include)}
     truth = _truth(uri, list(items), scale)
-    low_res = {PurePosixPath(path).stem: item for path, item in items.items() if _is_low_res_of(path, scale)}
+    published = {} if steps else {path: item for path, item in items.items() if _is_low_res_of(path, scale)}
+    low_res = {PurePosixPath(path).stem: item for path, item in published.items()}
+    if scale == 1 and not (steps or low_res):
+        raise ValueError(
+            f"{uri}: nothing degrades it: list steps in evaluate.degrade (--degrade), or add LQ/ beside HR/"
+        )
     chosen: dict[str, BenchmarkImage] = {}
     for path in truth:
         stem, item = PurePosixPath(path).stem, items[path]
@@ -106,12 +119,12 @@ def read_set(uri: str, scale: int, include: tuple[str, ...] = ()) -> list[Benchm
                 f"{uri}: {path} and {unquote(chosen[stem].high_res.key)} are both called {stem}: rename one, or make "
                 f"their folders sets of their own"
             )
-        chosen[stem] = BenchmarkImage(stem, item, low_res.get(f"{stem}x{scale}", low_res.get(stem)))
+        chosen[stem] = BenchmarkImage(stem, item, low_res.get(f"{stem}x{scale}", low_res.get(stem)), steps)
     if not chosen:
         raise ValueError(f"{uri}: include {list(include)} takes none of its high-resolution images: correct it")
     missing = [image.name for image in chosen.values() if image.low_res is None]
     if low_res and missing:
-        folder = "/".join(next(path for path in items if _is_low_res_of(path, scale)).split("/")[:-1])
+        folder = "/".join(next(iter(published)).split("/")[:-1])
         raise ValueError(
             f"{uri}/{folder} lacks the low-resolution images of {', '.join(missing[:5])}: add them or remove it"
         )
@@ -136,7 +149,7 @@ def _truth(uri: str, paths: list[str], scale: int) -> list[str]:
 
 
 def _is_low_res_of(path: str, scale: int) -> bool:
-    return path.startswith((f"LR_bicubic/X{scale}/", f"LRbicx{scale}/"))
+    return path.startswith("LQ/" if scale == 1 else (f"LR_bicubic/X{scale}/", f"LRbicx{scale}/"))
 
 
 def read_pair(image: BenchmarkImage, scale: int) -> Pair:
@@ -145,6 +158,9 @@ def read_pair(image: BenchmarkImage, scale: int) -> Pair:
     high_res = _decode(data, image.high_res)
     height, width = (side // scale * scale for side in high_res.shape[:2])
     high_res = high_res[:height, :width]
+    if image.steps:
+        said = repr([step.model_dump(mode="json") for step in image.steps]).encode()
+        return Pair(degrade(high_res, scale, image.steps, image.name), high_res, _digest(data, said))
     if image.low_res is None:
         return Pair(shrink_bicubic(high_res, scale), high_res, _digest(data))
     low_data = sources.read_item(image.low_res)
@@ -170,6 +186,16 @@ def _digest(*contents: bytes) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in contents)).hexdigest()[:16]
 
 
+def border_px(scale: int) -> int:
+    """Pixels at each border that no figure looks at: as many as the scale, none without upscaling."""
+    return scale if scale > 1 else 0
+
+
+def baseline(scale: int) -> str:
+    """What the figures named bicubic are of, in words: without upscaling, it leaves the degraded image as it is."""
+    return f"bicubic x{scale}" if scale > 1 else "input"
+
+
 def shrink_bicubic(high_res: np.ndarray, scale: int) -> np.ndarray:
     """What the published low-resolution files hold: x8 rounded once, the others between the passes too. uint8 HxWx3."""
     if scale == 8:
@@ -178,5 +204,8 @@ def shrink_bicubic(high_res: np.ndarray, scale: int) -> np.ndarray:
 
 
 def upscale_bicubic(low_res: np.ndarray, scale: int) -> np.ndarray:
-    """What the published bicubic rows were made with: both passes in floating point, rounded once. uint8 HxWx3."""
+    """What the published bicubic rows were made with: both passes in floating point, rounded once. uint8 HxWx3.
+
+    low_res: uint8, or float32 in 0..255.
+    """
     return np.clip(np.rint(imresize(low_res, scale, rounding="float")), 0, 255).astype(np.uint8)

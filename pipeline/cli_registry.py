@@ -44,6 +44,10 @@ def evaluate(
         typer.Option(metavar="VGG16 CALIBRATION", help="DISTS by these weights: torchvision's and the authors'."),
     ] = None,
     tile: Annotated[int | None, typer.Option(min=16, help="Work on squares of this side, low-resolution px.")] = None,
+    degrade: Annotated[
+        str | None,
+        typer.Option(metavar="STEPS", help="YAML list that makes the input images: '[{step: noise, sigma: 25}]'."),
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=NUMBER", help="What weights do not tell, e.g. conv_scale=0.01.")
     ] = None,
@@ -64,7 +68,7 @@ def evaluate(
         dists=DistsConfig(backbone=dists[0], calibration=dists[1]) if dists else None,
         tile=tile,
     )
-    request = judge_weights.Request(weights, sets, protocol, option or [], pictures, out, tracking)
+    request = judge_weights.Request(weights, sets, protocol, option or [], degrade, pictures, out, tracking)
     judge_weights.run(request, console(), address, debug)
 
 

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep import storage
-from data_prep.degrade import Kind
+from data_prep.degrade import Kind, check
+from data_prep.degrade_steps import Step
 from data_prep.pairs import OnDamage
 from model import build
-from pipeline.benchmark import Protocol
+from pipeline.benchmark import BenchmarkImage, Protocol, read_set
 from pipeline.rule import GateConfig
 from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
 
 __all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten", "load_recipe", "tracking_uri"]
 
-EVALUATION_SCALES = (2, 3, 4, 8)
+EVALUATION_SCALES = (1, 2, 3, 4, 8)
 
 
 class StorageConfig(Settings):
@@ -128,8 +129,14 @@ class ModelConfig(Settings):
 
     arch: str = Field(description="hat_s | hat | hat_l | ... as `model.build` knows them")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="constructor arguments that differ from the preset"
+        default_factory=dict,
+        description="constructor arguments that differ from the preset; null takes back what an extended file says",
     )
+
+    @field_validator("options")
+    @classmethod
+    def _without_nulls(cls, options: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in options.items() if value is not None}
 
 
 class DataConfig(Settings):
@@ -186,7 +193,10 @@ class PhaseConfig(Settings):
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
     )
-    degradation: Kind = Field("bicubic", description="how low-resolution crops are made of high-resolution ones")
+    degradation: Kind = Field(
+        "bicubic",
+        description="how low-resolution crops are made: bicubic, or a list of steps (data_prep.degrade_steps)",
+    )
     num_streams: int = Field(
         64, ge=1, description="streams of the order: more mix wider; divisible by num_workers x loader_workers"
     )
@@ -230,12 +240,6 @@ class TrainingConfig(Settings):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> "TrainingConfig":
-        if self.scale == 1:  # low and high resolution would be equal
-            raise ValueError("scale 1: x1 needs a degradation, which this version does not have: use 2, 3, 4 or 8")
-        return self
-
-    @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
         given = [key for key in ("init_from", "init_weights") if getattr(self, key)]
         if self.start != "published":
@@ -276,9 +280,17 @@ class EvaluateConfig(Settings):
         description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
+    degrade: dict[str, tuple[Step, ...]] = Field(
+        default_factory=dict,
+        description="name -> steps that make its low-resolution images, instead of bicubic; scale 1 needs them, or LQ/",
+    )
     models: tuple[str, ...] = Field((), description="trainings to evaluate; empty: those that nothing starts from")
     pictures: int = Field(2, ge=0, description="so many of the worst images, and of the best, as pictures per set")
     protocol: Protocol = Protocol()
+
+    def images(self, name: str, scale: int) -> list[BenchmarkImage]:
+        """A set's images at a scale. ValueError as `read_set`."""
+        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()))
 
 
 class RegistryConfig(Settings):
@@ -399,6 +411,10 @@ def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
 def _check_crops(recipe: Recipe) -> None:
     for name, training in recipe.trainings.items():
         phase = recipe.phases[training.phase]
+        try:
+            check(phase.degradation, training.scale)
+        except ValueError as error:
+            raise ValueError(f"trainings.{name} by phases.{training.phase}: {error}") from error
         needed = phase.patch_px * training.scale
         for data in recipe.data_of(phase.data):
             side = recipe.data[data].sub_image_px
@@ -414,9 +430,16 @@ def _check_evaluation(recipe: Recipe) -> None:
     for name in recipe.evaluate.models:
         if name not in recipe.trainings:
             raise ValueError(f"evaluate.models {name!r} is not one of trainings: {', '.join(recipe.trainings)}")
-    for name in recipe.evaluate.include:
-        if name not in sets:
-            raise ValueError(f"evaluate.include {name!r} is not one of evaluate.sets: {', '.join(sets) or 'none'}")
+    for key in ("include", "degrade"):
+        for name in getattr(recipe.evaluate, key):
+            if name not in sets:
+                raise ValueError(f"evaluate.{key} {name!r} is not one of evaluate.sets: {', '.join(sets) or 'none'}")
+    for name, steps in recipe.evaluate.degrade.items():
+        for scale in {recipe.trainings[final].scale for final in recipe.final_trainings}:
+            try:
+                check(steps, scale)
+            except ValueError as error:
+                raise ValueError(f"evaluate.degrade.{name}: {error}") from error
     for name in recipe.registry.gate.sets:
         if name not in sets:
             raise ValueError(

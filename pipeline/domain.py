@@ -62,7 +62,7 @@ class DomainConfig(Places):
     source: str = Field(description="folder, s3://bucket/prefix or tar where images of the domain arrive")
     include: tuple[str, ...] = Field((), description="glob patterns on the relative path; empty: all images")
     exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
-    degradation: Kind = Field("bicubic", description="how low-resolution crops are made; judgement is bicubic")
+    degradation: Kind = Field("bicubic", description="how low-resolution crops are made; judgement: evaluate.degrade")
     base: str = Field(description="models:/NAME@champion or models:/NAME/VERSION: what is fine-tuned")
     registered_as: str | None = Field(
         None, description="registered model of the results, NAME-x2; null: the base's own, whose champion they become"

@@ -1,5 +1,7 @@
 """Judgement by the published protocol: PSNR and SSIM on Y, borders of `scale` pixels left out, beside bicubic.
 
+At scale 1 no border is left out, and what stands beside is the degraded image itself.
+
 Images are spread over Ray tasks, on GPUs where the cluster has some. A task gives figures at once and leaves the
 upscaled image as a PNG in Ray's object store, so that pictures are made of the few that are shown.
 """
@@ -22,10 +24,18 @@ from PIL import Image
 from data_prep import storage
 from model import load
 from model.blocks import UpscalingNetwork
-from model.inference import upscale
+from model.inference import upscale, upscale_tensor
 from model.metrics import RESOLVED_DB, psnr_rgb, psnr_y, ssim_y
 from model.perceptual import Distance, Dists, Lpips
-from pipeline.benchmark import BenchmarkImage, DistsConfig, LpipsConfig, Protocol, read_pair, upscale_bicubic
+from pipeline.benchmark import (
+    BenchmarkImage,
+    DistsConfig,
+    LpipsConfig,
+    Protocol,
+    border_px,
+    read_pair,
+    upscale_bicubic,
+)
 from pipeline.settings import Settings
 
 _DISTANCES: dict[str, Callable[..., Distance]] = {"lpips": Lpips, "dists": Dists}
@@ -83,7 +93,7 @@ def figures(output: np.ndarray, high_res: np.ndarray, scale: int, protocol: Prot
     """The protocol's metrics of one image against the truth, PSNR up to what uint8 resolves. uint8 HxWx3."""
     known: dict[str, Callable[..., float]] = {"psnr_y": psnr_y, "ssim_y": ssim_y, "psnr_rgb": psnr_rgb}
     known |= {name: load_distance(name, config) for name, config in protocol.distances.items()}
-    found = {metric: known[metric](output, high_res, scale) for metric in protocol.metrics}
+    found = {metric: known[metric](output, high_res, border_px(scale)) for metric in protocol.metrics}
     return {metric: min(value, RESOLVED_DB) if metric.startswith("psnr") else value for metric, value in found.items()}
 
 
@@ -102,12 +112,21 @@ def load_distance(name: str, config: LpipsConfig | DistsConfig) -> Distance:
             raise ValueError(f"{name.upper()} of {config.backbone} and {config.calibration}: {error}") from error
 
 
+def restored(network: UpscalingNetwork, low_res: np.ndarray, **options: Any) -> np.ndarray:
+    """(H, W, 3) uint8, or float32 in 0..255 -> what the network makes of it, uint8. Options as `upscale` has them."""
+    if low_res.dtype == np.uint8:
+        return upscale(network, low_res, **options)
+    x_bchw = torch.from_numpy(low_res).permute(2, 0, 1)[None] / 255
+    levels_hwc = (upscale_tensor(network, x_bchw, **options)[0] * 255).permute(1, 2, 0)
+    return levels_hwc.round().clamp(0, 255).to(torch.uint8).numpy()
+
+
 def judge(
     image: BenchmarkImage, scale: int, network: UpscalingNetwork, protocol: Protocol
 ) -> tuple[ImageResult, np.ndarray]:
     """The figures of one image, and the upscaled image that they were computed from."""
     pair = read_pair(image, scale)
-    output = upscale(network, pair.low_res, tile=protocol.tile, ensemble=protocol.ensemble)
+    output = restored(network, pair.low_res, tile=protocol.tile, ensemble=protocol.ensemble)
     bicubic = figures(upscale_bicubic(pair.low_res, scale), pair.high_res, scale, protocol)
     found: dict[str, Any] = figures(output, pair.high_res, scale, protocol)
     found |= {f"bicubic_{metric}": value for metric, value in bicubic.items()}

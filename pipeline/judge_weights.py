@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 
+from data_prep.degrade import check
+from data_prep.degrade_steps import Step
 from model import load
 from model.weights import read_weights, recognise
 from pipeline import cluster, compare, pictures, registry, report, stages, tracking
@@ -17,6 +21,7 @@ from pipeline.cascade import fetch_published
 from pipeline.config import EVALUATION_SCALES, ComputeConfig
 from pipeline.evaluate import SetResult, Weights, evaluate, load_distance
 from pipeline.published import preset_of
+from pipeline.settings import Settings, explain
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Request:
     sets: list[str]
     protocol: Protocol
     options: list[str]
+    degrade: str | None = None
     pictures: int = 2
     out: str = "evaluation"
     tracking_uri: str | None = None
@@ -86,7 +92,8 @@ def run(request: Request, console: Console, address: str | None = None, debug: b
         raise ValueError(f"weights of different scales cannot be compared: {scales}; judge each by itself")
     for name, config in request.protocol.distances.items():
         load_distance(name, config)  # what is wrong with it is said before work begins
-    sets = {set_name(uri): read_set(uri, given[0].scale) for uri in request.sets}
+    steps = _steps(request.degrade, given[0].scale) if request.degrade else ()
+    sets = {set_name(uri): read_set(uri, given[0].scale, (), steps) for uri in request.sets}
     if len(sets) < len(request.sets):
         raise ValueError(f"two of the sets {', '.join(request.sets)} have the same name: rename a folder")
     out = Path(request.out)
@@ -109,6 +116,21 @@ def run(request: Request, console: Console, address: str | None = None, debug: b
         (out / "comparisons.json").write_text(report.comparisons_json(given[0].title, compared))
         (out / "comparisons.csv").write_text(report.comparisons_csv(given[0].title, compared))
     console.print(f"reports: {out}", soft_wrap=True, markup=False, highlight=False)
+
+
+class _Degrade(Settings):
+    degrade: tuple[Step, ...]
+
+
+def _steps(text: str, scale: int) -> tuple[Step, ...]:
+    try:
+        steps = _Degrade.model_validate({"degrade": yaml.safe_load(text)}).degrade
+        check(steps, scale)
+    except ValidationError as error:
+        raise ValueError(explain(_Degrade, "--degrade", error)) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"--degrade {text!r}: {' '.join(str(error).split())}") from error
+    return steps
 
 
 def _renamed(found: Given, number: int, given: list[Given]) -> Given:

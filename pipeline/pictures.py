@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipeline.benchmark import BenchmarkImage, read_pair, upscale_bicubic
+from pipeline.benchmark import BenchmarkImage, baseline, read_pair, upscale_bicubic
 from pipeline.evaluate import ImageResult, Judged
 
 _LABEL_PX, _GAP_PX = 14, 4
@@ -21,7 +21,7 @@ def write_pictures(judged: Judged, images: list[BenchmarkImage], count: int, fol
     for rank, found in chosen(result.images, count):
         pair = read_pair(by_name[found.image], result.scale)
         panels = {
-            f"bicubic x{result.scale} {found.bicubic_psnr_y:.2f} dB": upscale_bicubic(pair.low_res, result.scale),
+            f"{baseline(result.scale)} {found.bicubic_psnr_y:.2f} dB": upscale_bicubic(pair.low_res, result.scale),
             f"{result.model} {found.psnr_y:.2f} dB": judged.upscaled[found.image](),
             f"{found.image} (truth)": pair.high_res,
         }

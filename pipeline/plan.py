@@ -59,7 +59,9 @@ def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
     for name in recipe.trainings:
         stages += _training_stages(recipe, name, outside.weights)
     finals = recipe.final_trainings
-    evaluate = recipe.evaluate.model_dump(mode="json", exclude={"sets", "models"})
+    # without steps as it was before there were any: evaluations of then still count
+    unsaid = {"sets", "models"} | (set() if recipe.evaluate.degrade else {"degrade"})
+    evaluate = recipe.evaluate.model_dump(mode="json", exclude=unsaid)
     stages.append(Stage("evaluate", "evaluate", "evaluate", tuple(finals), evaluate | {"sets": outside.sets}))
     registry = recipe.registry.model_dump(mode="json")
     model = recipe.model.model_dump(mode="json")

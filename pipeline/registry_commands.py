@@ -42,7 +42,7 @@ def promote(
     def judge(champion: ModelVersion | None) -> Verdict:
         with cluster.connected(ComputeConfig(), address, debug):
             anchor = recipe.registry.anchor
-            return judge_candidate(mine, candidate, champion, rule, asked.sets, asked.include, anchor)
+            return judge_candidate(mine, candidate, champion, rule, asked, anchor)
 
     return promotion.promote(client, name, candidate, judge)
 

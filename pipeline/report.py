@@ -24,12 +24,13 @@ def table(results: list[SetResult]) -> Table:
     made = Table(title=f"PSNR-Y / SSIM-Y by the published protocol, {ensemble}means over images", title_justify="left")
     for heading in ("set", "scale", "model"):
         made.add_column(heading)
+    beside = _beside(results)
     headings = [
         "PSNR-Y",
         "SSIM-Y",
         *(_MORE[metric] for metric in more),
-        "bicubic PSNR-Y",
-        "bicubic SSIM-Y",
+        f"{beside} PSNR-Y",
+        f"{beside} SSIM-Y",
     ]
     for heading in (*headings, "gain (dB)"):
         made.add_column(heading, justify="right")
@@ -39,6 +40,10 @@ def table(results: list[SetResult]) -> Table:
         row += [f"{result.bicubic_psnr_y:.3f}", f"{result.bicubic_ssim_y:.4f}"]
         made.add_row(*row, f"{result.psnr_y - result.bicubic_psnr_y:+.3f}")
     return made
+
+
+def _beside(results: list[SetResult]) -> str:
+    return "input" if all(result.scale == 1 for result in results) else "bicubic"
 
 
 def published_table(results: list[SetResult], archs: dict[str, str | None]) -> Table | None:
@@ -83,7 +88,7 @@ def image_table(result: SetResult) -> Table:
     """Every image of a set."""
     made = Table(title=f"{result.set} x{result.scale}, {result.model}", title_justify="left")
     made.add_column("image")
-    for heading in ("PSNR-Y", "SSIM-Y", "bicubic PSNR-Y", "gain (dB)"):
+    for heading in ("PSNR-Y", "SSIM-Y", f"{_beside([result])} PSNR-Y", "gain (dB)"):
         made.add_column(heading, justify="right")
     for image in result.images:
         gain = f"{image.psnr_y - image.bicubic_psnr_y:+.3f}"

@@ -28,9 +28,9 @@ from pydantic import ValidationError  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
+from data_prep.degrade import check  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
 from pipeline import places, pretrain, registry, tracking  # noqa: E402
-from pipeline.benchmark import read_set  # noqa: E402
 from pipeline.config import (  # noqa: E402
     ConfigError,
     DataConfig,
@@ -237,8 +237,12 @@ def _data_name(domain: DomainConfig, entry: Round) -> str:
 
 def _check(domain: DomainConfig, scale: int) -> None:
     """ValueError for images that may be too small, and for sets that cannot judge this scale."""
-    for name, uri in domain.evaluate.sets.items():
-        read_set(uri, scale, domain.evaluate.include.get(name, ()))
+    for name in domain.evaluate.sets:
+        domain.evaluate.images(name, scale)
+    try:
+        check(domain.degradation, scale)
+    except ValueError as error:
+        raise ConfigError(f"domain {domain.name}: {error}") from error
     needed_px = domain.training.patch_px * scale
     if domain.min_side_px < needed_px:
         raise ConfigError(

@@ -1,14 +1,14 @@
 """The figures of a candidate's rival: from the report its version carries, or judged again where that does not fit."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline import registry
-from pipeline.benchmark import read_set
+from pipeline.config import EvaluateConfig
 from pipeline.costs import measure_costs
 from pipeline.evaluate import SetResult, Weights, evaluate, load_bytes
 from pipeline.gate import Anchor, Costs, Verdict, decide
@@ -21,28 +21,27 @@ def judge_candidate(
     candidate: ModelVersion,
     champion: ModelVersion | None,
     rule: GateConfig,
-    sets: Mapping[str, str],
-    include: Mapping[str, tuple[str, ...]],
+    asked: EvaluateConfig,
     anchor_uri: str | None = None,
 ) -> Verdict:
-    """The gate's verdict on a candidate with results `mine`; Ray must be initialised. sets: name -> folder or URI.
+    """The gate's verdict on a candidate with results `mine`; Ray must be initialised. asked: the sets.
 
     The rival is the champion; where there is none, the version that the candidate was started from, else bicubic.
     anchor_uri: models:/NAME/VERSION that the rule's `not_worse` is asked about as well.
     """
     rival = champion or parent_of(candidate)
     if rival is None:
-        return decide(mine, None, "bicubic", rule)
+        return decide(mine, None, "bicubic" if any(result.scale > 1 for result in mine) else "the input", rule)
     title = f"champion version {rival.version}" if champion else f"{rival.name} version {rival.version}, its start"
     anchor = registry.resolve(MlflowClient(), anchor_uri) if anchor_uri else None
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-        theirs = rival_results(rival, mine, rule.sets, sets, include, Path(folder))
+        theirs = rival_results(rival, mine, rule.sets, asked, Path(folder))
         # a set may have grown since
-        mine = rival_results(candidate, theirs, rule.sets, sets, include, Path(folder), mine)
+        mine = rival_results(candidate, theirs, rule.sets, asked, Path(folder), mine)
         since, costs = None, None
         if anchor is not None and (anchor.name, str(anchor.version)) != (rival.name, str(rival.version)):
             (place := Path(folder, "anchor")).mkdir()
-            results = rival_results(anchor, mine, list(rule.not_worse), sets, include, place)
+            results = rival_results(anchor, mine, list(rule.not_worse), asked, place)
             since = Anchor(f"{anchor.name} version {anchor.version}, where the domain started", results)
         if rule.max_slowdown is not None or rule.max_growth is not None:
             costs = compare_costs(candidate, rival, Path(folder))
@@ -59,8 +58,7 @@ def rival_results(
     rival: ModelVersion,
     mine: list[SetResult],
     names: Sequence[str],
-    sets: Mapping[str, str],
-    include: Mapping[str, tuple[str, ...]],
+    asked: EvaluateConfig,
     folder: Path,
     known: list[SetResult] | None = None,
 ) -> list[SetResult]:
@@ -78,7 +76,7 @@ def rival_results(
             continue
         (place := folder / f"{rival.name}-{rival.version}").mkdir(exist_ok=True)
         weights = weights or Weights.put(*registry.read_weights(rival, place))
-        images = read_set(sets[result.set], result.scale, tuple(include.get(result.set, ())))
+        images = asked.images(result.set, result.scale)
         name = f"{rival.name} version {rival.version}"
         found.append(evaluate(name, result.scale, weights, result.set, images, result.protocol).result)
     return found

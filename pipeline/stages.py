@@ -20,7 +20,7 @@ from model.weights import load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
-from pipeline.benchmark import read_pair, read_set
+from pipeline.benchmark import read_pair
 from pipeline.config import DataConfig, Recipe, digest_of
 from pipeline.evaluate import SetResult, Weights, evaluate
 from pipeline.gate import Verdict
@@ -166,7 +166,7 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
     if not wanted.every:
         return None
     name = recipe.registry.gate.validation_set
-    images = read_set(recipe.evaluate.sets[name], scale, recipe.evaluate.include.get(name, ()))
+    images = recipe.evaluate.images(name, scale)
     pairs = [(image.name, read_pair(image, scale)) for image in images[: wanted.max_images]]
     return [(name, pair.low_res, pair.high_res) for name, pair in pairs]
 
@@ -243,8 +243,8 @@ def run_evaluate(work: Work) -> Artifact:
         scale = work.recipe.trainings[name].scale
         path = artifacts.fetch(trained, PTH, work.folder)
         weights, archs[name] = Weights.put(path.read_bytes(), load_options(work.recipe)), preset_of(read_weights(path))
-        for set_name, uri in asked.sets.items():
-            images = read_set(uri, scale, asked.include.get(set_name, ()))
+        for set_name in asked.sets:
+            images = asked.images(set_name, scale)
             judged = evaluate(name, scale, weights, set_name, images, asked.protocol)
             results.append(judged.result)
             shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)
@@ -339,7 +339,7 @@ def run_promote(work: Work) -> Artifact:
         def judge(
             champion: ModelVersion | None, mine: list[SetResult] = mine, candidate: ModelVersion = candidate
         ) -> Verdict:
-            return judge_candidate(mine, candidate, champion, rule, asked.sets, asked.include, anchor)
+            return judge_candidate(mine, candidate, champion, rule, asked, anchor)
 
         decisions[model] = promotion.promote(work.tracker.client, model, candidate, judge).model_dump()
     path = work.folder / "decisions.json"

@@ -17,15 +17,16 @@ from torch import Tensor
 from data_prep import storage
 from data_prep.subimages import to_png
 from model.blocks import UpscalingNetwork
-from model.inference import upscale
 from model.metrics import RESOLVED_DB, psnr_y, ssim_y
 from model.weights import load_parameters
 from pipeline import checkpoint
+from pipeline.benchmark import border_px
 from pipeline.config import Settings
+from pipeline.evaluate import restored
 
 WEIGHTS, BEST = "weights.pt", "best.json"
 
-ImagePair = tuple[str, np.ndarray, np.ndarray]  # name, low_res and high_res, both uint8 HxWx3
+ImagePair = tuple[str, np.ndarray, np.ndarray]  # name, low_res and high_res, as in `benchmark.Pair`
 
 
 class Best(Settings):
@@ -57,8 +58,8 @@ class Validator:
         figures: list[tuple[float, float]] = []
         shown: dict[str, bytes] = {}
         for name, low_res, high_res in self.images[rank::world_size]:
-            output = upscale(network, low_res)
-            border = high_res.shape[0] // low_res.shape[0]
+            output = restored(network, low_res)
+            border = border_px(high_res.shape[0] // low_res.shape[0])
             psnr = min(psnr_y(output, high_res, border), RESOLVED_DB)
             figures.append((psnr, ssim_y(output, high_res, border)))
             if rank == 0 and len(shown) < pictures:

@@ -22,7 +22,7 @@ from model.weights import save_pth
 from pipeline import lineage, pretrain, promotion, registry, report
 from pipeline.artifact import Artifact
 from pipeline.cli import main
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import EvaluateConfig, Recipe, load_recipe
 from pipeline.evaluate import SetResult
 from pipeline.gate import Verdict, decide
 from pipeline.lineage import PARENT_TAG
@@ -246,12 +246,12 @@ def test_without_a_champion_the_version_it_was_started_from_is_the_rival(store: 
         "m-x2", store.register("tuned", result(31.2)).version, PARENT_TAG, "models:/m-x2/1"
     )
     tuned = store.client.get_model_version("m-x2", "2")
-    verdict = judge_candidate([result(31.2)], tuned, None, RULE, {}, {})
+    verdict = judge_candidate([result(31.2)], tuned, None, RULE, EvaluateConfig())
     assert verdict.promoted
     assert "better than m-x2 version 1, its start" in verdict.reason
     costs = RULE.model_copy(update={"max_growth": 0.5})
     assert "parameters 1.000 of the rival's, required: at most 0.5" in (
-        judge_candidate([result(31.2)], tuned, None, costs, {}, {}).reason
+        judge_candidate([result(31.2)], tuned, None, costs, EvaluateConfig()).reason
     )
 
 
@@ -264,7 +264,9 @@ def test_both_are_judged_again_where_the_set_has_grown(store: Registry, ray_loca
     older, champion = (judged([31.0] * images) for images in (2, 3))
     versions = [store.register(f"{len(found.images)}", found) for found in (older, champion)]
     rule = GateConfig(better={"Set5": -1.0})
-    verdict = judge_candidate([older], versions[0], versions[1], rule, {"Set5": f"{tmp_path}/Set5"}, {})
+    verdict = judge_candidate(
+        [older], versions[0], versions[1], rule, EvaluateConfig(sets={"Set5": f"{tmp_path}/Set5"})
+    )
     (condition,) = verdict.conditions
     assert verdict.promoted
     assert condition.figures is not None
@@ -304,7 +306,7 @@ def test_what_champions_lost_together_counts_against_the_anchor(store: Registry)
         version = store.register(f"{psnr_new}", *mine)
 
         def judge(champion: registry.ModelVersion | None) -> Verdict:
-            return judge_candidate(mine, version, champion, rule, {}, {}, "models:/m-x2/1")
+            return judge_candidate(mine, version, champion, rule, EvaluateConfig(), "models:/m-x2/1")
 
         return promotion.promote(store.client, "m-x2", version, judge)
 

@@ -9,7 +9,8 @@ from pipeline.launch import TrainJob
 from pipeline.stages import shard_settings
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("[!_]*.yaml"))
-PUBLISHED = [name for name in RECIPES if name != "demo"]
+PUBLISHED = [name for name in RECIPES if not name.startswith("demo")]
+SCALES = {key: {1} for key in ("denoise", "jpeg", "deblur", "denoise_unet", "demo_denoise")} | {"real": {4}}
 
 
 def demo(*overrides: str) -> Recipe:
@@ -24,7 +25,7 @@ def test_the_named_recipes_are_shipped() -> None:
 def test_every_recipe_parses_and_says_what_it_is(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert {recipe.trainings[final].scale for final in recipe.final_trainings} == {2, 3, 4}
+    assert {recipe.trainings[final].scale for final in recipe.final_trainings} == SCALES.get(name, {2, 3, 4})
     header = (CONFIGS / "recipe" / f"{name}.yaml").read_text().split("extends")[0]
     assert "--recipe" in header
     assert "Cost" in header
@@ -40,7 +41,8 @@ def test_only_data_that_something_trains_on_is_used() -> None:
 def test_published_recipes_keep_the_papers_schedules(name: str) -> None:
     recipe = load_recipe(name)
     assert {phase.global_batch for phase in recipe.phases.values()} == {32}
-    assert {phase.patch_px for phase in recipe.phases.values()} == {64}
+    trained = {recipe.phases[training.phase].patch_px for training in recipe.trainings.values()}
+    assert trained == ({128} if SCALES.get(name) == {1} else {64})
     pretrain, finetune = recipe.phases["pretrain"], recipe.phases["finetune"]
     assert (pretrain.steps, pretrain.lr, pretrain.ema_decay) == (800_000, 2e-4, 0.999)
     assert finetune.lr == (5e-6 if name == "hmanet" else 1e-5)
@@ -104,8 +106,14 @@ def test_where_a_recipe_runs_is_not_what_it_is() -> None:
         ("evaluate.models=[nope]", ["nope", "finetune-x2"]),
         ("evaluate.models=[pretrain-x2,finetune-x2]", ["scale 2", "evaluate.models"]),
         ("evaluate.include.nope=[a]", ["nope", "held-out"]),
-        ("trainings.finetune-x2.scale=1", ["trainings.finetune-x2", "x1 needs a degradation", "2, 3, 4 or 8"]),
-        ("trainings.pretrain-x2-again.scale=1", ["trainings.pretrain-x2-again", "x1 needs a degradation"]),
+        ("trainings.finetune-x2.scale=1", ["trainings.finetune-x2", "changes nothing at scale 1: list steps"]),
+        ("trainings.pretrain-x2-again.scale=1", ["trainings.pretrain-x2-again", "changes nothing at scale 1"]),
+        ("phases.finetune.degradation=[{step: noise, sigma: 900}]", ["degradation.0.noise", "sigma 900", "0..255"]),
+        ("phases.finetune.degradation=[{step: noise, sigma: 9}]", ["phases.finetune", "needs one, which makes"]),
+        ("phases.finetune.degradation=bilinear", ["phases.finetune.degradation", "'bilinear'", "'bicubic'"]),
+        ("phases.finetune.degradation=[]", ["phases.finetune", "degradation has no steps"]),
+        ("evaluate.degrade.nope=[{step: shrink}]", ["evaluate.degrade 'nope'", "held-out"]),
+        ("evaluate.degrade.held-out=[{step: noise, sigma: 1}]", ["evaluate.degrade.held-out", "shrink"]),
         ("model.options.upsampler=nearest", ["upsampler"]),
         ("model.options.num_heads=[5,5]", ["5"]),
         ("model.arch=edsr", ["edsr"]),
@@ -171,7 +179,7 @@ def write(folder: Path, name: str, text: str) -> str:
 
 
 def test_faults_of_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no file; give a path or one of: demo"):
+    with pytest.raises(ConfigError, match=r"no file; give a path or one of: deblur, demo"):
         load_recipe("nope")
     with pytest.raises(ConfigError, match="not of the form"):
         demo("steps")

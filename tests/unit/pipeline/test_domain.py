@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from pydantic import ValidationError
 
 from data_prep.sources import list_items
 from model import build
@@ -260,13 +259,15 @@ def test_new_images_that_judge_elsewhere_are_held_out(tmp_path: Path) -> None:
 
 
 def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recipe]) -> None:
-    recipe = recipe_of([ROUND], degradation="unheard-of")
+    recipe = recipe_of([ROUND], "degradation=[{step: shrink}, {step: jpeg, quality: 50}]")
     job = SimpleNamespace(
         training=recipe.trainings["text-0001"], phase=recipe.phases["retrain"], seed=0, compute=recipe.compute
     )
-    with pytest.raises(ValidationError, match=r"degradation\n.*'bicubic'"):
-        pair_settings(job)  # type: ignore[arg-type]
-    assert recipe.phases["retrain"].what()["degradation"] == "unheard-of"
+    steps = pair_settings(job).degradation  # type: ignore[arg-type]
+    assert [step["step"] for step in recipe.phases["retrain"].what()["degradation"]] == ["shrink", "jpeg"]
+    assert steps == recipe.phases["retrain"].degradation
+    with pytest.raises(ConfigError, match=r"domain text: degradation .noise. has 0 steps `shrink`"):
+        recipe_of([ROUND], "degradation=[{step: noise, sigma: 5}]")
     assert "degradation" not in recipe_of([ROUND]).phases["retrain"].what()  # artifacts from before still count
 
 
