@@ -7,22 +7,28 @@ from typing import Any, get_type_hints
 from model.blocks import UpscalingNetwork
 from model.frame import FrameConfig
 from model.hat import HAT, HatConfig
+from model.hat_unet import HatUnet, HatUnetConfig
 from model.hmanet import HMANet, HmanetConfig
 
-NETWORKS: dict[str, tuple[type[Any], type[FrameConfig]]] = {"hat": (HAT, HatConfig), "hmanet": (HMANet, HmanetConfig)}
+NETWORKS: dict[str, tuple[type[Any], type[FrameConfig]]] = {
+    "hat": (HAT, HatConfig),
+    "hmanet": (HMANet, HmanetConfig),
+    "hat_unet": (HatUnet, HatUnetConfig),
+}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "hat": ("hat", {}),
     "hat_s": ("hat", {"embed_dim": 144, "compress_ratio": 24, "squeeze_factor": 24}),
     "hat_l": ("hat", {"depths": (6,) * 12, "num_heads": (6,) * 12}),
     "hmanet": ("hmanet", {}),
+    "hat_unet": ("hat_unet", {}),
 }
-"""Per name the network and what changes in the defaults of its config (the published HAT and HMANet)."""
+"""Per name the network and what changes in the defaults of its config (the published HAT and HMANet, our U)."""
 
 
 def build(arch: str, scale: int, **overrides: Any) -> UpscalingNetwork:
     """A freshly initialized network.
 
-    `arch` is a key of `PRESETS`, `scale` 1, 2, 3, 4 or 8, `overrides` fields of `HatConfig` or `HmanetConfig`:
+    `arch` is a key of `PRESETS`, `scale` 1, 2, 3, 4 or 8, `overrides` fields of the network's config:
     `build("hat", 2, embed_dim=24, depths=(2,), num_heads=(2,), window_size=8, squeeze_factor=6)`.
     ValueError for an unknown name or argument and for sizes that do not go together.
     """

@@ -100,20 +100,32 @@ def recognise(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     answer. ValueError, naming what is missing, for a state dict of another architecture.
     """
     try:
+        if "encoder.0.blocks.0.norm1.weight" in state_dict:
+            return _unet_arguments(state_dict)
         is_hmanet = "layers.0.residual_group.gab.qkv.weight" in state_dict
         return _hmanet_arguments(state_dict) if is_hmanet else _hat_arguments(state_dict)
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ValueError(
-            f"not the state dict of a network known here (hat, hmanet): {error} is missing or empty"
+            f"not the state dict of a network known here (hat, hmanet, hat_unet): {error} is missing or empty"
         ) from error
 
 
-def _common_arguments(state: Mapping[str, Tensor], first_block: str) -> dict[str, Any]:
+def _unet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    block = "encoder.0.blocks.0."
+    fusions = [name for name, part in (("concat", "mix"), ("gate", "gate")) if f"{block}fuse.{part}.weight" in state]
+    refinement = {key.split(".")[2] for key in state if key.startswith("refinement.blocks.")}
+    common = _common_arguments(state, block, r"encoder\.(\d+)")
+    return {"arch": "hat_unet", "fusion": (*fusions, "add")[0], "refinement": len(refinement)} | common
+
+
+def _common_arguments(
+    state: Mapping[str, Tensor], first_block: str, group: str = r"layers\.(\d+)\.residual_group"
+) -> dict[str, Any]:
     factors = stages_of(state)
     if factors not in STAGES.values():
         raise ValueError(f"upsampling stages of factors {factors} belong to no known scale")
     embed_dim = len(state["conv_first.weight"])
-    depths, num_heads = _groups(state)
+    depths, num_heads = _groups(state, group)
     return {
         "scale": math.prod(factors),
         "embed_dim": embed_dim,
@@ -145,11 +157,11 @@ def _hat_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     )
 
 
-def _groups(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+def _groups(state: Mapping[str, Tensor], group: str) -> tuple[list[int], list[int]]:
     """Attention blocks and heads of each group."""
     tables: dict[int, list[Tensor]] = {}
     for key, value in state.items():
-        found = re.fullmatch(r"layers\.(\d+)\.residual_group\.blocks\.\d+\.attn\.relative_position_bias_table", key)
+        found = re.fullmatch(group + r"\.blocks\.\d+\.attn\.relative_position_bias_table", key)
         if found:
             tables.setdefault(int(found[1]), []).append(value)
     groups = [tables[number] for number in range(len(tables))]

@@ -56,9 +56,7 @@ def preset_of(state: Mapping[str, Tensor]) -> str | None:
     for arch in PRESETS:
         with torch.device("meta"):
             config: dict[str, Any] = build(arch, found["scale"]).config
-        if all(_plain(config.get(key)) == _plain(value) for key, value in found.items() if key != "arch") and (
-            arch == "hmanet"
-        ) == (found["arch"] == "hmanet"):
+        if all(_plain(config.get(key)) == _plain(value) for key, value in found.items()):
             return arch
     return None
 

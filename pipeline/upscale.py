@@ -24,11 +24,11 @@ from model.precision import resolve_precision
 from model.tiles import Tiler, smallest_tile
 from pipeline.progress import Display
 
-BODY_TENSORS = {"hat": 13, "hmanet": 40}
+BODY_TENSORS = {"hat": 13, "hmanet": 40, "hat_unet": 20}
 HEAD_TENSORS = 3
 """How many tensors of embed_dim channels, or of NUM_FEAT channels in high resolution, exist at once. Measured for
 HAT in fp32: 8.6 kB a pixel at x2, where the body weighs most, 11.8 kB at x4, where the head does; HMANet: 17.9 kB
-at 224 px, growing with the size, since its grids do: hence 40."""
+at 224 px, growing with the size, since its grids do: hence 40; the U of 48 channels: 3.5 kB at 512 px."""
 OUTPUT_TENSORS = 3
 """How many float RGB images of the result's size exist at once, one more with --ensemble, two more with alpha. Measured
 at x4, where one takes 192 bytes a low-resolution pixel: 560 bytes, with --ensemble 763, with alpha 937."""

@@ -35,7 +35,7 @@ def test_output_size_of_hmanet(scale: int) -> None:
         assert network(torch.rand(2, 3, 8, 16)).shape == (2, 3, 8 * scale, 16 * scale)
 
 
-@pytest.mark.parametrize("arch", ["hat_s", "hat_l", "hmanet"])
+@pytest.mark.parametrize("arch", ["hat_s", "hat_l", "hmanet", "hat_unet"])
 def test_config_of_a_preset_rebuilds_it(arch: str) -> None:
     with torch.device("meta"):
         network = build(arch, 2)
@@ -94,7 +94,7 @@ def test_impossible_arguments_of_hmanet(overrides: dict[str, Any], message: str)
 
 
 def test_unknown_architecture_and_scale() -> None:
-    with pytest.raises(ValueError, match="'hatt' is unknown: choose one of hat, hat_s, hat_l, hmanet"):
+    with pytest.raises(ValueError, match="'hatt' is unknown: choose one of hat, hat_s, hat_l, hmanet, hat_unet"):
         build("hatt", 2)
     for scale in (5, "2", True, [2]):
         with pytest.raises(ValueError, match="scale="):

@@ -1,6 +1,7 @@
 """The networks under `torch.compile`: one graph without breaks, and the same results."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from model.blocks import DropPath, drop_paths, set_drop_path_draws
-from tests.unit.model.tiny import tiny, tiny_hmanet
+from tests.unit.model.tiny import tiny, tiny_hmanet, tiny_unet
 
-NETWORKS = {"hat": tiny, "hmanet": tiny_hmanet}
+NETWORKS = {"hat": tiny, "hmanet": tiny_hmanet, "hat_unet": partial(tiny_unet, 2)}
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,16 @@ TINY_HMANET: dict[str, Any] = {
 }
 
 
+TINY_UNET: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": (2, 2),
+    "num_heads": (1, 2),
+    "window_size": 4,
+    "refinement": 1,
+    "drop_path_rate": 0.0,
+}
+
+
 def tiny(scale: int = 2, seed: int = 0, **overrides: Any) -> UpscalingNetwork:
     torch.manual_seed(seed)
     return build("hat", scale, **(TINY | overrides)).eval()
@@ -35,3 +45,8 @@ def tiny(scale: int = 2, seed: int = 0, **overrides: Any) -> UpscalingNetwork:
 def tiny_hmanet(scale: int = 2, seed: int = 0, **overrides: Any) -> UpscalingNetwork:
     torch.manual_seed(seed)
     return build("hmanet", scale, **(TINY_HMANET | overrides)).eval()
+
+
+def tiny_unet(scale: int = 1, seed: int = 0, **overrides: Any) -> UpscalingNetwork:
+    torch.manual_seed(seed)
+    return build("hat_unet", scale, **(TINY_UNET | overrides)).eval()
