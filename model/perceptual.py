@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.backbone import VGG16, Backbone
+from model.backbone import VGG16, VGG19, Backbone
 from model.weights import read_weights
 
 _LPIPS_MEAN, _LPIPS_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in -1..1
@@ -34,6 +34,8 @@ class Lpips:
 
     def __init__(self, backbone: str | Path, calibration: str | Path) -> None:
         self.backbone = Backbone(backbone)
+        if self.backbone.layers is VGG19:
+            raise ValueError(f"{backbone} holds VGG-19: LPIPS is made of AlexNet or VGG-16")
         linear = read_weights(calibration)
         self.linear = []
         for number, channels in enumerate(self.backbone.channels):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from model.losses import build_loss
+from model.losses import Loss
 from model.tiles import is_out_of_memory
 from pipeline.config import ComputeConfig, PhaseConfig
 from pipeline.memory import StateBytes, saved_bytes, training_pass
@@ -23,7 +23,9 @@ MARGIN = 0.15  # of the limit is left free: allocators fragment, and batches of 
 CPU_TEMPORARIES = 1.5  # of what a forward pass keeps for the backward pass, both passes need at their peak
 
 
-def find_micro_batch(network: nn.Module, phase: PhaseConfig, compute: ComputeConfig, scale: int, bf16: bool) -> int:
+def find_micro_batch(
+    network: nn.Module, loss: Loss, phase: PhaseConfig, compute: ComputeConfig, scale: int, bf16: bool
+) -> int:
     """Collective: the largest micro-batch that fits on every rank; the network is on its device, without gradients.
 
     ValueError on all ranks where not even one sample fits on some.
@@ -31,11 +33,11 @@ def find_micro_batch(network: nn.Module, phase: PhaseConfig, compute: ComputeCon
     device, world_size = next(network.parameters()).device, dist.get_world_size()
     limit = (1 - MARGIN) * memory_limit(compute, device)
     limit -= StateBytes.of(network, compute, world_size).total
-    one, two = (_needed(network, phase, size, scale, bf16) for size in (1, 2))
+    one, two = (_needed(network, loss, phase, size, scale, bf16) for size in (1, 2))
     fitting = int((limit - (2 * one - two)) / max(two - one, 1)) if math.isfinite(two) else int(math.isfinite(one))
     share = -(-phase.global_batch // world_size)
     chosen = next((size for size in useful_sizes(share) if size <= fitting), 0)
-    while chosen > 2 and device.type == "cuda" and math.isinf(_needed(network, phase, chosen, scale, bf16)):
+    while chosen > 2 and device.type == "cuda" and math.isinf(_needed(network, loss, phase, chosen, scale, bf16)):
         chosen = next(size for size in useful_sizes(share) if size < chosen)
     vote = torch.tensor(chosen, device=device)
     dist.all_reduce(vote, dist.ReduceOp.MIN)
@@ -71,10 +73,10 @@ def _container_limit() -> float:
     return float("inf") if text == "max" else float(text)
 
 
-def _needed(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:
+def _needed(network: nn.Module, loss: Loss, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:
     """What `_trial` finds; infinite where memory runs out. Raising would leave the other ranks waiting for a vote."""
     try:
-        return _trial(network, phase, size, scale, bf16)
+        return _trial(network, loss, phase, size, scale, bf16)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -83,10 +85,10 @@ def _needed(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16:
         torch.cuda.empty_cache()
 
 
-def _trial(network: nn.Module, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:
+def _trial(network: nn.Module, loss: Loss, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:
     """Bytes beside the model's state that one forward and backward pass of `size` samples needs at its peak."""
     device = next(network.parameters()).device
-    work = training_pass(network, build_loss(phase.loss), size, phase.patch_px, scale, bf16)
+    work = training_pass(network, loss, size, phase.patch_px, scale, bf16)
     try:
         if device.type != "cuda":
             return CPU_TEMPORARIES * saved_bytes(network, work)

@@ -25,6 +25,7 @@ from pipeline.artifact import code_versions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 META = "meta.json"
+ADVERSARY = "adversary.pt"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints it has committed."""
 UPLOAD_PATIENCE_S = 600
@@ -36,10 +37,17 @@ Part = dict[str, list[Tensor]]  # the same, as one rank's flat partitions
 Group = list[tuple[str, list[int], int]]  # name, shape and elements per rank of what lies in a flat partition
 
 
-def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], place: str) -> None:
+def save(
+    part: Part | None,
+    meta: dict[str, Any],
+    metrics: dict[str, float],
+    place: str,
+    adversary: dict[str, Any] | None = None,
+) -> None:
     """Collective: write this rank's file (None: it has nothing to save) and let it be uploaded in the background.
 
     meta: from rank 0 goes into the checkpoint; must hold "step" and "data_step". place: URI of the run's checkpoints.
+    adversary: the discriminator's state, the same on all ranks.
     An upload that fails for ten minutes raises in the training.
     """
     rank = ray.train.get_context().get_world_rank()
@@ -49,6 +57,8 @@ def save(part: Part | None, meta: dict[str, Any], metrics: dict[str, float], pla
         return
     folder = Path(tempfile.mkdtemp(prefix=storage.owned(FOLDER)))
     torch.save(part, folder / part_name(rank))
+    if rank == 0 and adversary is not None:
+        torch.save(adversary, folder / ADVERSARY)
     if rank == 0:
         (folder / META).write_text(json.dumps(meta | {"code": code_versions(), "metrics": metrics}, indent=1))
     ray.train.report(
@@ -100,7 +110,10 @@ def part_name(rank: int) -> str:
 
 
 def load(checkpoint: ray.train.Checkpoint, job_digest: str) -> tuple[State, dict[str, Any]]:
-    """The whole state and the meta data; ValueError when it belongs to another training."""
+    """The whole state and the meta data; ValueError when it belongs to another training.
+
+    `meta["adversary"]` is the discriminator's state, or None.
+    """
     with checkpoint.as_directory() as folder:
         meta = json.loads(Path(folder, META).read_text())
         if meta["job_digest"] != job_digest:
@@ -108,6 +121,8 @@ def load(checkpoint: ray.train.Checkpoint, job_digest: str) -> tuple[State, dict
                 f"checkpoint {checkpoint.path} belongs to another training (its digest {meta['job_digest'][:12]}, "
                 f"expected {job_digest[:12]}): give the run another storage.uri"
             )
+        file = Path(folder, ADVERSARY)
+        meta["adversary"] = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
         return _read(Path(folder), meta, ("params", *MOMENTS, "ema")), meta
 
 

@@ -16,6 +16,7 @@ from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
 from data_prep.pairs import OnDamage
 from model import build
+from model.losses import STAGE_WEIGHTS
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set
 from pipeline.rule import GateConfig
 from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
@@ -171,6 +172,30 @@ class MixPartConfig(Settings):
     share: float = Field(gt=0, description="share of all samples, relative to the other parts'")
 
 
+class PerceptualConfig(Settings):
+    """A loss of VGG's features beside the pixel loss."""
+
+    backbone: str = Field(description="path or URI of VGG-19's or VGG-16's weights in torchvision's layout, yours")
+    weight: float = Field(1.0, gt=0, description="of it in the sum; the pixel loss has 1")
+    stage_weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        STAGE_WEIGHTS, min_length=5, max_length=5, description="of the last convolution of each of VGG's stages"
+    )
+
+    @model_validator(mode="after")
+    def _some_stage(self) -> "PerceptualConfig":
+        if not any(self.stage_weights):
+            raise ValueError("stage_weights are all 0: raise one, or leave perceptual out")
+        return self
+
+
+class AdversarialConfig(Settings):
+    """A loss by a discriminator that learns beside the network."""
+
+    weight: float = Field(0.1, gt=0, description="of it in the sum; the pixel loss has 1")
+    lr: float = Field(1e-4, gt=0, description="Adam's learning rate of the discriminator; decays as the network's")
+    channels: int = Field(64, ge=4, description="of the discriminator's first layer")
+
+
 class PhaseConfig(Settings):
     """One kind of training: optimizer, schedule, batch. Several stages share a phase."""
 
@@ -186,6 +211,8 @@ class PhaseConfig(Settings):
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise; needed after start: bicubic")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights")
     loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    perceptual: PerceptualConfig | None = Field(None, description="a loss of deep features as well; null: none")
+    adversarial: AdversarialConfig | None = Field(None, description="a discriminator's loss as well; null: none")
     grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast where the processor or GPU has it; weights are fp32 always"
@@ -211,10 +238,17 @@ class PhaseConfig(Settings):
     log_every: int = Field(100, ge=1, description="steps between metrics")
 
     def what(self) -> dict[str, Any]:
-        """What decides the result: all but intervals, caches, and the way on for a training that damage stopped."""
-        left_out = {"checkpoint_every", "log_every", "cache_decoded_bytes", "on_damage"}
+        """What decides the result: all but intervals, caches, and the way on for a training that damage stopped.
+
+        Where the perceptual loss finds its backbone is left out; its content counts (`pretrain.survey`).
+        """
+        never = ("checkpoint_every", "log_every", "cache_decoded_bytes", "on_damage")
+        left_out: dict[str, Any] = dict.fromkeys(never, True)
+        left_out["perceptual"] = {"backbone"} if self.perceptual else True
+        if self.adversarial is None:
+            left_out["adversarial"] = True
         if self.degradation == "bicubic":
-            left_out.add("degradation")  # the only one there was: trainings from before the key still count
+            left_out["degradation"] = True  # the only one there was: trainings from before the key still count
         return self.model_dump(mode="json", exclude=left_out)
 
     @model_validator(mode="after")

@@ -46,6 +46,8 @@ class Outside:
     sources: dict[str, str]
     sets: dict[str, str]
     weights: dict[str, str]
+    backbones: dict[str, str] = field(default_factory=dict)
+    """Of perceptual losses, by phase."""
 
 
 def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
@@ -57,7 +59,7 @@ def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
         parts = [part.model_dump(mode="json") for part in recipe.mixes[name]]
         stages.append(Stage(f"mix-{name}", "mix", "shard", tuple(inputs), {"parts": parts}))
     for name in recipe.trainings:
-        stages += _training_stages(recipe, name, outside.weights)
+        stages += _training_stages(recipe, name, outside)
     finals = recipe.final_trainings
     # without steps as it was before there were any: evaluations of then still count
     unsaid = {"sets", "models"} | (set() if recipe.evaluate.degrade else {"degrade"})
@@ -89,30 +91,32 @@ def _shard_stage(recipe: Recipe, name: str, source_version: str) -> Stage:
     )
 
 
-def _training_stages(recipe: Recipe, name: str, weights: dict[str, str]) -> list[Stage]:
+def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]:
     """A training, after the cascade that turns its source's weights (of another scale, or published) to its own."""
     training = recipe.trainings[name]
     phase = recipe.phases[training.phase]
     stages = []
     start = training.init_from
     if training.init_weights or (start and recipe.trainings[start].scale != training.scale):
-        config = {
+        begin = {
             "model": recipe.model.model_dump(mode="json"),
             "scale": training.scale,
             "seed": training.seed,
         }
-        config |= recipe.cascade.model_dump(mode="json") | {"weights": weights.get(name)}
+        begin |= recipe.cascade.model_dump(mode="json") | {"weights": outside.weights.get(name)}
         cascade = f"cascade-{start or 'published'}-to-{name}"
-        stages.append(Stage(cascade, "cascade", "cascade", (start,) if start else (), config))
+        stages.append(Stage(cascade, "cascade", "cascade", (start,) if start else (), begin))
         start = cascade
     data = f"{'mix' if phase.data in recipe.mixes else 'shard'}-{phase.data}"
     inputs = (data, *([start] if start else []))
-    config = {
+    config: dict[str, Any] = {
         "model": recipe.model.model_dump(mode="json"),
         "phase": phase.what(),
         "training": training.model_dump(mode="json", exclude={"init_from", "init_weights", "phase"}),
         "seed": recipe.seed,
     }
+    if training.phase in outside.backbones:
+        config["backbone"] = outside.backbones[training.phase]
     if recipe.validation.export == "best":  # else validation only looks
         chooser = recipe.validation.model_dump(mode="json", include={"every", "max_images"})
         gate = recipe.registry.gate

@@ -23,6 +23,7 @@ from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E40
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
+from pipeline.objective import check_backbones  # noqa: E402
 from pipeline.plan import Outside, Planned, Stage  # noqa: E402
 from pipeline.progress import Display  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
@@ -52,6 +53,7 @@ def survey(recipe: Recipe) -> Outside:
             for name, uri in recipe.evaluate.sets.items()
         },
         cascade.check_published(recipe),
+        check_backbones(recipe),
     )
 
 

@@ -121,6 +121,8 @@ def step(run: Run, window: Window, rate: float, *, want_stop: bool = False, want
     keys = _global_batch(run, window)
     run.step += 1
     window.steps += 1
+    if run.adversary is not None:
+        run.adversary.step(run.passes, rate / run.job.phase.lr, run.optimizer.applied)
     if run.optimizer.applied:
         run.ema.update()
     return keys
@@ -136,10 +138,12 @@ def _global_batch(run: Run, window: Window) -> list[str]:
             keys += batch.keys
         set_drop_path_draws(run.engine.module, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
         with window.timing("forward_s"):
-            loss = _weighted_loss(run, batch)
+            loss, seen = _weighted_loss(run, batch)
             run.optimizer.add_loss(loss)
         with window.timing("backward_s"):
             run.engine.backward(loss)
+            if run.adversary is not None and seen is not None:
+                run.adversary.observe(*seen)
         with window.timing("optimizer_s"):
             run.engine.step()
         window.add(loss)
@@ -157,25 +161,31 @@ def _drop_path_draws(run: Run) -> Tensor:
     return torch.cat([mine, torch.ones(1, *size[1:])]).to(run.device)
 
 
-def _weighted_loss(run: Run, batch: Batch) -> Tensor:
-    """The micro-batch's mean loss times its share of the global batch, relative to an even share.
+def _weighted_loss(run: Run, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, float] | None]:
+    """The micro-batch's mean loss times its share of the global batch, relative to an even share; what a discriminator
+    is to see of it: the network's images, the real ones, the share.
 
     DeepSpeed takes the mean over ranks and passes, and the shares differ where the numbers do not divide. A rank
     without samples takes part with a loss of zero.
     """
     if not batch.keys:
         side = run.job.phase.patch_px
-        return run.engine(torch.zeros(1, 3, side, side, device=run.device)).float().sum() * 0
+        return run.engine(torch.zeros(1, 3, side, side, device=run.device)).float().sum() * 0, None
     high_res = batch.high_res.to(run.device, non_blocking=True)
-    loss = run.loss(run.engine(batch.low_res.to(run.device, non_blocking=True)).float(), high_res)
+    pred = run.engine(batch.low_res.to(run.device, non_blocking=True)).float()
+    loss = run.loss(pred, high_res)
+    if run.adversary is not None:
+        loss = loss + run.adversary.loss(pred)
     weight = len(batch.keys) * run.passes * run.world_size / run.job.phase.global_batch
-    return loss if weight == 1 else loss * weight
+    return loss if weight == 1 else loss * weight, (pred, high_res, weight)
 
 
 def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[str, float]:
     """Collective: the window's metrics, told to the driver; every node tells of its own usage."""
     metrics = window.close(run.job.phase.global_batch)
     metrics |= {"learning_rate": rate, "grad_norm": run.optimizer.grad_norm, "communication_s": communication_s}
+    if run.adversary is not None:
+        metrics |= run.adversary.metrics()
     metrics["percent_of_peak"] = 100 * metrics["images_per_s"] * run.peak_share_per_image_per_s
     run.report({"metrics": metrics})
     if run.system is not None:
@@ -250,7 +260,8 @@ def save(run: Run, metrics: dict[str, float]) -> None:
     }
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
     run.saved = checkpoint.name_of(meta)
-    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri)
+    adversary = run.adversary.state() if run.adversary is not None and run.rank == 0 else None
+    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary)
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:

@@ -17,14 +17,16 @@ from data_prep.uri import join
 from model import build
 from model.blocks import UpscalingNetwork
 from model.init import bicubic_start
-from model.losses import Loss, build_loss
+from model.losses import Loss, with_adversary
 from model.precision import resolve_precision
 from model.weights import load_parameters, read_weights
 from pipeline import artifact, checkpoint, zero
+from pipeline.adversary import Adversary
 from pipeline.arithmetic import TRAINING_PASSES, macs_per_sample, peak_macs_per_s
 from pipeline.autobatch import find_micro_batch
 from pipeline.heap import keep_freed_memory
 from pipeline.launch import TrainJob
+from pipeline.objective import loss_of
 from pipeline.optimizer import GuardedAdam
 from pipeline.system import SystemWatch
 from pipeline.validate import Best, Validator
@@ -43,6 +45,7 @@ class Run:
     ema: zero.PartitionedEMA
     batches: Iterator[Batch]
     loss: Loss
+    adversary: Adversary | None
     device: torch.device
     rank: int
     world_size: int
@@ -77,9 +80,11 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     macs = macs_per_sample(network, job.phase.patch_px)
     if job.compute.compile:
         network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
-    micro_batch = job.compute.micro_batch
+    micro_batch, loss = job.compute.micro_batch, loss_of(job.phase, device)
+    adversary = _adversary(job, meta, device, bf16)
     if micro_batch == "auto":
-        micro_batch = find_micro_batch(network, job.phase, job.compute, job.training.scale, bf16)
+        whole = loss if adversary is None else with_adversary(loss, adversary.loss)
+        micro_batch = find_micro_batch(network, whole, job.phase, job.compute, job.training.scale, bf16)
     step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
     engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)
     ema = zero.PartitionedEMA(engine, job.phase.ema_decay)
@@ -92,7 +97,8 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         optimizer=zero.optimizer_of(engine),
         ema=ema,
         batches=iter(_loader(job, micro_batch, rank, world_size, step + data_offset)),
-        loss=build_loss(job.phase.loss),
+        loss=loss,
+        adversary=adversary,
         device=device,
         rank=rank,
         world_size=world_size,
@@ -122,6 +128,15 @@ def _loader(job: TrainJob, micro_batch: int, rank: int, world_size: int, start_s
         num_workers=job.compute.loader_workers,
         start_step=start_step,
     )
+
+
+def _adversary(job: TrainJob, meta: dict[str, Any], device: torch.device, bf16: bool) -> Adversary | None:
+    if job.phase.adversarial is None:
+        return None
+    adversary = Adversary(job.phase.adversarial, job.training.seed, device, bf16)
+    if meta.get("adversary"):
+        adversary.restore(meta["adversary"])
+    return adversary
 
 
 def _validator(job: TrainJob, images: Any, meta: dict[str, Any]) -> Validator | None:

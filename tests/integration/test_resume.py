@@ -28,6 +28,7 @@ def command(folder: Path, *more: str) -> list[str]:
         "phases.pretrain.checkpoint_every=10",
         "phases.pretrain.log_every=5",
         "phases.pretrain.precision=fp32",
+        "phases.pretrain.adversarial={channels: 4}",  # its state must survive as well
         *more,
     ]
     sets = [word for override in overrides for word in ("--set", override)]

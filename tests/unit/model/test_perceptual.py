@@ -99,7 +99,7 @@ def test_equal_images_and_crops_by_dists(tmp_path: Path) -> None:
     ("swap", "words"),
     [
         (lambda alex, vgg: (vgg[0], alex[1]), "lin1.model.1.weight for 128 channels is missing"),
-        (lambda alex, vgg: (alex[1], alex[1]), "neither AlexNet nor VGG-16"),
+        (lambda alex, vgg: (alex[1], alex[1]), "neither AlexNet, VGG-16 nor VGG-19"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, swap: Callable[..., tuple[Path, Path]], words: str) -> None:

@@ -10,7 +10,10 @@ from pipeline.stages import shard_settings
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("[!_]*.yaml"))
 PUBLISHED = [name for name in RECIPES if not name.startswith("demo")]
-SCALES = {key: {1} for key in ("denoise", "jpeg", "deblur", "denoise_unet", "demo_denoise")} | {"real": {4}}
+SCALES = {key: {1} for key in ("denoise", "jpeg", "deblur", "denoise_unet", "demo_denoise")} | {
+    "real": {4},
+    "real_gan": {4},
+}
 
 
 def demo(*overrides: str) -> Recipe:

@@ -7,10 +7,12 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from model import build
+from model.losses import build_loss
 from pipeline.autobatch import find_micro_batch, memory_limit, useful_sizes
 from pipeline.config import ComputeConfig, PhaseConfig
 from pipeline.memory import StateBytes, saved_bytes, state_bytes
 
+L1 = build_loss("l1")
 PHASE = PhaseConfig(data="d", steps=1, global_batch=16, patch_px=16)
 
 
@@ -55,7 +57,7 @@ def test_the_micro_batch_grows_with_the_memory(alone, network):
     chosen = {}
     for megabytes in (8, 12, 1000):
         compute = ComputeConfig(micro_batch="auto", memory_limit_gb=megabytes / 1000)
-        chosen[megabytes] = find_micro_batch(network, PHASE, compute, 2, bf16=False)
+        chosen[megabytes] = find_micro_batch(network, L1, PHASE, compute, 2, bf16=False)
         assert chosen[megabytes] in useful_sizes(16)
     assert 1 <= chosen[8] < chosen[12] < chosen[1000] == 16
     assert all(p.grad is None for p in network.parameters())
@@ -64,7 +66,7 @@ def test_the_micro_batch_grows_with_the_memory(alone, network):
 def test_too_little_memory_for_one_sample_is_said(alone, network):
     compute = ComputeConfig(micro_batch="auto", memory_limit_gb=0.001)
     with pytest.raises(ValueError, match=r"not one sample of patch_px 16 fits .* compute.activation_checkpoint=block"):
-        find_micro_batch(network, PHASE, compute, 2, bf16=False)
+        find_micro_batch(network, L1, PHASE, compute, 2, bf16=False)
 
 
 class Greedy(nn.Module):
@@ -84,27 +86,27 @@ class Greedy(nn.Module):
 
 def test_a_trial_may_run_out_of_memory(alone):
     compute = ComputeConfig(micro_batch="auto", memory_limit_gb=1)
-    assert find_micro_batch(Greedy(2), PHASE, compute, 2, bf16=False) == 16
-    assert find_micro_batch(Greedy(1), PHASE, compute, 2, bf16=False) == 1
+    assert find_micro_batch(Greedy(2), L1, PHASE, compute, 2, bf16=False) == 16
+    assert find_micro_batch(Greedy(1), L1, PHASE, compute, 2, bf16=False) == 1
     with pytest.raises(ValueError, match=r"not one sample .* \(out of memory when tried here\): set"):
-        find_micro_batch(Greedy(0), PHASE, compute, 2, bf16=False)
+        find_micro_batch(Greedy(0), L1, PHASE, compute, 2, bf16=False)
 
 
 def test_libraries_that_run_out_of_memory_are_understood_and_other_errors_told(alone):
     compute = ComputeConfig(micro_batch="auto", memory_limit_gb=1)
     full = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    assert find_micro_batch(Greedy(1, full), PHASE, compute, 2, bf16=False) == 1
+    assert find_micro_batch(Greedy(1, full), L1, PHASE, compute, 2, bf16=False) == 1
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        find_micro_batch(Greedy(1, RuntimeError("an illegal memory access")), PHASE, compute, 2, bf16=False)
+        find_micro_batch(Greedy(1, RuntimeError("an illegal memory access")), L1, PHASE, compute, 2, bf16=False)
 
 
 def voting(rank, folder):
     """One rank of two, of which the second has less memory than the first."""
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     compute = ComputeConfig(micro_batch="auto", memory_limit_gb=1)
-    assert find_micro_batch(Greedy(2 - rank), PHASE, compute, 2, bf16=False) == 1
+    assert find_micro_batch(Greedy(2 - rank), L1, PHASE, compute, 2, bf16=False) == 1
     with pytest.raises(ValueError, match="not one sample"):
-        find_micro_batch(Greedy(1 - rank), PHASE, compute, 2, bf16=False)
+        find_micro_batch(Greedy(1 - rank), L1, PHASE, compute, 2, bf16=False)
     dist.destroy_process_group()
 
 
