@@ -85,6 +85,7 @@ class Steps:
 
     def __init__(self, steps: tuple[Step, ...]) -> None:
         self.steps = steps
+        self.margins_px: dict[int, int] = {}
 
     def needs(self, size: Size, scale: int, crop: Crop) -> Box:
         """The window in high-resolution pixels."""
@@ -102,7 +103,9 @@ class Steps:
 
     def _window(self, size: Size, scale: int, crop: Crop) -> Box:
         """In low-resolution pixels."""
-        margin = max(self._margin_px(way, scale) for way in ways(self.steps))
+        if scale not in self.margins_px:
+            self.margins_px[scale] = max(self._margin_px(way, scale) for way in ways(self.steps))
+        margin = self.margins_px[scale]
         spans = []
         for side, start in zip(size, (crop.top, crop.left), strict=True):
             first = max(0, start - margin) // GRID_PX * GRID_PX

@@ -1,5 +1,6 @@
 """One image to one training pair: crop, degrade, flip, rotate; each choice is drawn from the sample's name."""
 
+import functools
 import hashlib
 from typing import Literal, NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.bicubic import Rounding
-from data_prep.degrade import Crop, Kind, check, degradation
+from data_prep.degrade import Crop, Degradation, Kind, check, degradation
 from data_prep.image import Picture
 
 OnDamage = Literal["stop", "skip"]
@@ -40,6 +41,11 @@ class PairSettings(BaseModel):
         check(self.degradation, self.scale)
         return self
 
+    @functools.cached_property
+    def way(self) -> Degradation:
+        """How the low-resolution side is made."""
+        return degradation(self.degradation)
+
     @property
     def min_side_px(self) -> int:
         """The shortest side an image must have to hold a crop."""
@@ -64,11 +70,11 @@ def make_pair(picture: Picture, key: str, epoch: int, settings: PairSettings, cr
     name = _name(settings.seed, epoch, key, crop)
     rows, columns, turns, mirror = _draws(name)
     top, left = rows % (height - patch + 1), columns % (width - patch + 1)
-    size, way, place = (height * scale, width * scale), degradation(settings.degradation), Crop(top, left, patch)
-    box = way.needs(size, scale, place)
+    size, place = (height * scale, width * scale), Crop(top, left, patch)
+    box = settings.way.needs(size, scale, place)
     pixels = picture.region(box)
     seed = hashlib.sha256(f"{name}/degradation".encode()).digest()
-    low_res = way.make(pixels, size, scale, place, settings.rounding, seed)
+    low_res = settings.way.make(pixels, size, scale, place, settings.rounding, seed)
     y, x, side = top * scale - box.top, left * scale - box.left, patch * scale
     high_res = pixels[:, y : y + side, x : x + side]
     if settings.rotate:

@@ -62,11 +62,12 @@ class ImageResult(Settings):
 
 
 class SetResult(Settings):
-    """One model on one set; means over images."""
+    """One model on one set; means over images. `degraded`: by steps of ours, so that no published figure compares."""
 
     model: str
     scale: int
     set: str
+    degraded: bool = False
     protocol: Protocol = Protocol()
     psnr_y: float
     ssim_y: float
@@ -195,6 +196,7 @@ def evaluate(
     pictures: dict[str, Callable[[], np.ndarray]] = {}
     for result, (_, png) in zip(results, answers, strict=True):
         pictures[result.image] = functools.partial(_fetch, png)
+    means |= {"degraded": any(image.steps for image in images)}
     return Judged(SetResult(model=model, scale=scale, set=name, protocol=protocol, images=results, **means), pictures)
 
 

@@ -59,7 +59,7 @@ def published_table(results: list[SetResult], archs: dict[str, str | None]) -> T
         made.add_column(heading, justify="right")
     lines: dict[tuple[str, ...], tuple[float, float]] = {}  # bicubic once per set, whatever the models
     for result in results:
-        for row in published.beside(archs.get(result.model), result.scale, result.set):
+        for row in [] if result.degraded else published.beside(archs.get(result.model), result.scale, result.set):
             bicubic = row.model == "bicubic"
             model, ours = ("bicubic", result.bicubic_psnr_y) if bicubic else (result.model, result.psnr_y)
             figure = row.figure(result.set)

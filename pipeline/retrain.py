@@ -239,6 +239,11 @@ def _check(domain: DomainConfig, scale: int) -> None:
     """ValueError for images that may be too small, and for sets that cannot judge this scale."""
     for name in domain.evaluate.sets:
         domain.evaluate.images(name, scale)
+    if scale == 1 and not domain.evaluate.degrade.get(domain.name):
+        raise ConfigError(
+            f"domain {domain.name}: at x1 its hold-out must be degraded to be judged: list the steps in "
+            f"evaluate.degrade.{domain.name}"
+        )
     try:
         check(domain.degradation, scale)
     except ValueError as error:

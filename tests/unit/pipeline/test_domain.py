@@ -271,6 +271,21 @@ def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recip
     assert "degradation" not in recipe_of([ROUND]).phases["retrain"].what()  # artifacts from before still count
 
 
+def test_without_upscaling_a_domains_hold_out_must_be_degraded(
+    recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retrain, "_model_of", lambda version: (ModelConfig(arch="hat", options=TINY), 1))
+    noise = "[{step: noise, sigma: 5}]"
+    settings = ["registered_as=tiny-x1", f"degradation={noise}", f"evaluate.degrade.Set5={noise}"]
+    with pytest.raises(
+        ConfigError, match=r"domain text: at x1 its hold-out must be degraded .* evaluate\.degrade\.text"
+    ):
+        recipe_of([ROUND], *settings)
+    recipe = recipe_of([ROUND], *settings, f"evaluate.degrade.text={noise}")
+    assert recipe.trainings["text-0001"].scale == 1
+    assert set(recipe.evaluate.degrade) == {"Set5", "text"}
+
+
 def test_the_registered_models_name_must_tell_its_scale(tmp_path: Path) -> None:
     start = ModelVersion("tiny-x2", "3", 0)
     assert retrain._registry_name(load_domain(domain_file(tmp_path)), start, 2) == "tiny"

@@ -56,6 +56,8 @@ def test_published_figures_stand_beside_the_same_network_only() -> None:
     assert "+0.060" in shown
     assert "HAT" not in report.as_text(report.published_table([result], {"w": None}))
     assert report.published_table([judged([33.0], "mine", "w", 4)], {"w": "hat"}) is None
+    degraded = result.model_copy(update={"degraded": True})  # what the papers never judged
+    assert report.published_table([degraded], {"w": "hat"}) is None
     found = [row for row in published.beside("hat_l", 4, "urban100") if row.arch == "hat_l"]
     assert [row.figure("Urban100") for row in found] == [28.60]
 
