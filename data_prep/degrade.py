@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Discriminator, Tag
 
 from data_prep.bicubic import Rounding, shrink_planes, source_box, to_uint8
-from data_prep.degrade_steps import Noise, Resize, Scene, Shrink, Size, Step, ways
+from data_prep.degrade_steps import GRID_PX, Noise, Resize, Scene, Shrink, Size, Step, ways
 from data_prep.image import Box
 
 
@@ -27,9 +27,6 @@ Kind = Annotated[
     Discriminator(_form),  # so that a fault is told of the form that was meant
 ]
 """What the settings say: the published way by its name, or steps."""
-
-GRID_PX = 16
-"""Side of what JPEG compresses together where chroma has half the size."""
 
 
 class Crop(NamedTuple):
@@ -116,10 +113,10 @@ class Steps:
 
     @staticmethod
     def _margin_px(way: Sequence[Step], scale: int) -> int:
-        """How far a pixel reaches, and a block of JPEG's: steps before the shrinking work at the high resolution."""
+        """How far a pixel reaches: steps before the shrinking work at the high resolution."""
         shrinks = [number for number, step in enumerate(way) if isinstance(step, Shrink)]
         before = sum(step.reach_px for step in way[: shrinks[0]]) if shrinks else 0
-        return GRID_PX - (-before // scale) + sum(step.reach_px for step in way[shrinks[0] if shrinks else 0 :])
+        return -(-before // scale) + sum(step.reach_px for step in way[shrinks[0] if shrinks else 0 :])
 
 
 BICUBIC = Bicubic()
@@ -133,11 +130,11 @@ def degradation(kind: Kind) -> Degradation:
 def degrade(high_res: np.ndarray, scale: int, steps: tuple[Step, ...], seed: str) -> np.ndarray:
     """A whole image degraded: (H, W, 3) uint8 -> (H / scale, W / scale, 3) uint8.
 
-    Or float32, about 0..255, where the last step is noise that is not cut.
+    Or float32, about 0..255, where the last step is noise that is not cut, whatever the sample.
     """
     height, width = (side // scale for side in high_res.shape[:2])
     made = run(steps, high_res.transpose(2, 0, 1), (height, width), hashlib.sha256(seed.encode()).digest())
-    uncut = isinstance(steps[-1], Noise) and not steps[-1].clip
+    uncut = all(way and isinstance(way[-1], Noise) and not way[-1].clip for way in ways(steps))
     return np.ascontiguousarray((made if uncut else to_uint8(made)).transpose(1, 2, 0))
 
 
@@ -157,7 +154,7 @@ def check(kind: Kind, scale: int) -> None:
             raise ValueError("degradation 'bicubic' changes nothing at scale 1: list steps, such as noise or jpeg")
         return
     if not kind:
-        raise ValueError("degradation has no steps: list some, such as noise or jpeg, or say bicubic")
+        raise ValueError("degradation has no steps: list some, such as noise or jpeg, or leave it out")
     for way in ways(kind):
         shrinks = [number for number, step in enumerate(way) if isinstance(step, Shrink)]
         resizes = [number for number, step in enumerate(way) if isinstance(step, Resize)]

@@ -1,7 +1,7 @@
 """Steps that a degradation is put together of, as settings: blur, noise, JPEG, changes of size, and choices between.
 
 A step works on an image of (3, h, w) float32 in 0..255 and draws what is left open from the generator it is given.
-They are those of Real-ESRGAN (arXiv 2107.10833), whose second-order degradation `configs/recipe/real.yaml` spells.
+They are those of Real-ESRGAN (arXiv 2107.10833); `configs/recipe/real.yaml` follows its second-order degradation.
 """
 
 import io
@@ -19,6 +19,8 @@ Size = tuple[int, int]
 Range = float | tuple[float, float]
 """A number, or the lowest and highest of numbers that are drawn evenly."""
 
+GRID_PX = 16
+"""Side of what JPEG compresses together where chroma has half the size."""
 MOST_SIDE = 101
 """Of a blur's kernel, in pixels."""
 _FILTERS = {
@@ -125,6 +127,11 @@ class Jpeg(_Step):
     def _in_range(self) -> "Jpeg":
         _check_range("quality", self.quality, 1, 100)
         return self
+
+    @property
+    def reach_px(self) -> int:
+        """What is compressed together."""
+        return GRID_PX
 
     def _apply(self, image: np.ndarray, scene: Scene) -> np.ndarray:
         of = self.quality
@@ -308,12 +315,16 @@ Step = Annotated[Noise | Poisson | Jpeg | Blur | Motion | Sinc | Resize | Shrink
 
 
 def ways(steps: tuple[Step, ...]) -> Iterator[tuple[Step, ...]]:
-    """Every sequence of steps, choices resolved, that a sample may go; steps left to chance count as taken."""
+    """Every sequence of steps, choices resolved, that a sample may go; single steps left to chance count as taken."""
     if not steps:
         yield ()
         return
     first, rest = steps[0], steps[1:]
-    heads = [way for of in first.of for way in ways(of)] if isinstance(first, OneOf) else [(first,)]
+    heads: list[tuple[Step, ...]] = [(first,)]
+    if isinstance(first, OneOf):
+        heads = [way for of in first.of for way in ways(of)]
+    if isinstance(first, OneOf) and first.probability < 1:
+        heads.append(())
     tails = list(ways(rest))
     yield from ((*head, *tail) for head in heads for tail in tails)
 

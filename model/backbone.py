@@ -48,8 +48,10 @@ class Backbone:
     """The convolutions of a weights file; ValueError for files of another layout. Which network shows in the shapes."""
 
     def __init__(self, path: str | Path) -> None:
-        self.weights = read_weights(path)
-        self.layers = _layers_of(self.weights, path)
+        weights = read_weights(path)
+        self.layers = _layers_of(weights, path)
+        names = [f"features.{layer.number}.{name}" for layer in self.layers for name in ("weight", "bias")]
+        self.weights = {name: weights[name] for name in names}  # without the classifier, most of the file
 
     @property
     def channels(self) -> list[int]:

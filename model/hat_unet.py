@@ -105,7 +105,7 @@ class HybridBlock(nn.Module):
         self.fuse = Fuse(dim, config.fusion)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, round(dim * config.mlp_ratio))
+        self.mlp = Mlp(dim, config.mlp_dim * 2**level)
 
     def forward(self, x_bhwc: Tensor, index_nn: Tensor, masks_gnn: Tensor) -> Tensor:
         """(B, H, W, C) -> same; the index and masks come from the network, which holds them once."""

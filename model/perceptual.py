@@ -69,7 +69,7 @@ class Dists:
     def __init__(self, backbone: str | Path, calibration: str | Path) -> None:
         self.backbone = Backbone(backbone)
         if self.backbone.layers is not VGG16:
-            raise ValueError(f"{backbone} holds AlexNet: DISTS is made of VGG-16")
+            raise ValueError(f"{backbone} holds another network than VGG-16, of which DISTS is made")
         found = read_weights(calibration)
         self.channels = [3, *self.backbone.channels]
         for name in ("alpha", "beta"):

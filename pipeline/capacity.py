@@ -141,6 +141,8 @@ def notes(recipe: Recipe, training: str, machines: Machines, sample: Sample, giv
         if given
         else "step times are one process of this machine's CPU for each GPU: measure yours and give --step-time",
     ]
+    if phase.perceptual or phase.adversarial:
+        lines.append("perceptual and adversarial losses are left out: VGG's activations, the discriminator, their time")
     passes = micro_batches_per_step(phase.global_batch, 1, machines.gpus)
     if phase.global_batch % machines.gpus:
         used = phase.global_batch / (passes * machines.gpus)

@@ -175,8 +175,16 @@ class MixPartConfig(Settings):
 class PerceptualConfig(Settings):
     """A loss of VGG's features beside the pixel loss."""
 
-    backbone: str = Field(description="path or URI of VGG-19's or VGG-16's weights in torchvision's layout, yours")
+    backbone: str = Field(
+        description="path (on every node) or URI of VGG-19's or VGG-16's weights in torchvision's layout, yours"
+    )
     weight: float = Field(1.0, gt=0, description="of it in the sum; the pixel loss has 1")
+
+    @field_validator("backbone")
+    @classmethod
+    def _absolute(cls, backbone: str) -> str:
+        return storage.normalise(backbone)  # training processes work in another folder
+
     stage_weights: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         STAGE_WEIGHTS, min_length=5, max_length=5, description="of the last convolution of each of VGG's stages"
     )
@@ -380,6 +388,12 @@ class Recipe(Places):
         sources = {training.init_from for training in self.trainings.values()}
         return [name for name in self.trainings if name not in sources]
 
+    def scales_judged(self, name: str) -> set[int]:
+        """At which scales a set of `evaluate` is looked at: those of the final trainings; to validate by, of all."""
+        validates = self.validation.every and name == self.registry.gate.validation_set
+        names = list(self.trainings) if validates else self.final_trainings
+        return {self.trainings[training].scale for training in names}
+
     @property
     def used_data(self) -> set[str]:
         """The sets of `data` that some training trains on, by itself or in a mix."""
@@ -469,7 +483,7 @@ def _check_evaluation(recipe: Recipe) -> None:
             if name not in sets:
                 raise ValueError(f"evaluate.{key} {name!r} is not one of evaluate.sets: {', '.join(sets) or 'none'}")
     for name, steps in recipe.evaluate.degrade.items():
-        for scale in {recipe.trainings[final].scale for final in recipe.final_trainings}:
+        for scale in recipe.scales_judged(name):
             try:
                 check(steps, scale)
             except ValueError as error:

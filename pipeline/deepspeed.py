@@ -1,4 +1,4 @@
-"""DeepSpeed without MLflow: its autotuner, which nothing here uses, imports MLflow, 1.2 s of every worker's start."""
+"""DeepSpeed without MLflow: its autotuner, which nothing here uses, imports MLflow, 0.7 s of every worker's start."""
 
 import sys
 from collections.abc import Iterator

@@ -91,6 +91,8 @@ class DomainConfig(Places):
         if isinstance(training, dict):
             if training.get("data", MIX) != MIX:
                 raise ValueError("training.data is always new images mixed with replay: remove it")
+            if training.get("degradation", "bicubic") != "bicubic":
+                raise ValueError("training.degradation belongs beside training, as the domain's degradation: move it")
             return values | {"training": training | {"data": MIX}}
         return values
 

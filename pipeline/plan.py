@@ -121,6 +121,8 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
         chooser = recipe.validation.model_dump(mode="json", include={"every", "max_images"})
         gate = recipe.registry.gate
         config["best"] = chooser | {"set": gate.validation_set, "metric": gate.validation_metric}
+        if steps := recipe.evaluate.degrade.get(gate.validation_set):
+            config["best"]["degrade"] = [step.model_dump(mode="json") for step in steps]
     stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps))
     return stages
 

@@ -43,6 +43,9 @@ class Choice:
 def survey(recipe: Recipe) -> Outside:
     """Fingerprints of what the recipe reads from outside; ValueError for what is not there."""
     used = {name: data for name, data in recipe.data.items() if name in recipe.used_data}
+    for name in recipe.evaluate.sets:
+        for scale in recipe.scales_judged(name):
+            recipe.evaluate.images(name, scale)
     return Outside(
         {
             name: sources.fingerprint(sources.iter_items(data.source, list(data.include), list(data.exclude)))

@@ -154,6 +154,15 @@ def test_a_step_left_to_chance_is_taken_as_often_as_it_says() -> None:
 EXACT = {
     "jpeg": (1, [{"step": "jpeg", "quality": 20}]),
     "blur, jpeg": (1, [{"step": "blur", "sigma": 2, "side": 13}, {"step": "jpeg", "quality": 40}]),
+    "motion, jpeg, blur, jpeg": (
+        1,
+        [
+            {"step": "blur", "sigma": 9, "sigma_across": 9, "side": 21},
+            {"step": "jpeg", "quality": 90},
+            {"step": "blur", "sigma": 2, "side": 7},
+            {"step": "jpeg", "quality": 90},
+        ],
+    ),
     "shrink, jpeg": (3, [{"step": "shrink"}, {"step": "jpeg", "quality": 40}]),
     "blur, shrink, sinc, jpeg": (
         2,
@@ -173,11 +182,29 @@ def test_a_crop_is_the_whole_images_crop(photograph: np.ndarray, name: str) -> N
     size = tuple(side // scale * scale for side in photograph.shape[:2])
     whole, way = degrade(photograph[: size[0], : size[1]], scale, kind(*steps), "a"), degradation(kind(*steps))
     height, width = whole.shape[:2]
-    for crop in (Crop(0, 0, 32), Crop(37, 50, 32), Crop(height - 32, width - 32, 32), Crop(height - 41, 3, 32)):
+    for crop in (
+        Crop(0, 0, 32),
+        Crop(37, 50, 32),
+        Crop(77, 77, 32),
+        Crop(height - 32, width - 32, 32),
+        Crop(height - 41, 3, 32),
+    ):
         box = way.needs(size, scale, crop)
         low_res = way.make(Picture(photograph).region(box), size, scale, crop, "uint8", SEED)
         expected = whole[crop.top : crop.top + 32, crop.left : crop.left + 32]
         np.testing.assert_allclose(low_res, expected.transpose(2, 0, 1) / 255, atol=1e-6)
+
+
+def test_noise_is_left_uncut_only_where_every_sample_ends_with_it(photograph: np.ndarray) -> None:
+    noise, cut = {"step": "noise", "sigma": 5}, {"step": "noise", "sigma": 5, "clip": True}
+    for steps, dtype in (
+        ([noise], np.float32),
+        ([{"step": "one_of", "of": [[noise], [{"step": "jpeg", "quality": 50}, noise]]}], np.float32),
+        ([{"step": "one_of", "of": [[noise], [cut]]}], np.uint8),
+        ([{"step": "one_of", "of": [[noise]], "probability": 0.5}], np.uint8),
+        ([noise, {"step": "jpeg", "quality": 50}], np.uint8),
+    ):
+        assert degrade(photograph, 1, kind(*steps), "a").dtype == dtype
 
 
 def test_shrinking_is_the_published_bicubic(photograph: np.ndarray) -> None:
@@ -227,6 +254,8 @@ def test_pairs_without_upscaling(photograph: np.ndarray) -> None:
         (2, [{"step": "shrink"}, {"step": "resize", "factor": 2}], "after every `resize`"),
         (2, [{"step": "shrink", "probability": 0.5}], "take `shrink` always"),
         (2, [{"step": "one_of", "of": [[{"step": "shrink"}], []]}], r"\[\] has 0 steps"),
+        (2, [{"step": "one_of", "of": [[{"step": "shrink"}]], "probability": 0.5}], r"\[\] has 0 steps"),
+        (1, [], "has no steps"),
     ],
 )
 def test_steps_that_do_not_arrive_are_refused(scale: int, steps: list | str, words: str) -> None:

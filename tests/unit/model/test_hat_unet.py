@@ -93,7 +93,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_weights_tell_all_sizes(fusion: str, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"depths": (1, 3, 2), "num_heads": (1, 2, 4), "refinement": 2, "mlp_ratio": 1.5}
+    sizes: dict[str, Any] = {"depths": (1, 3, 2), "num_heads": (1, 2, 4), "refinement": 2, "mlp_ratio": 1.625}
     network = tiny_unet(2, fusion=fusion, **sizes)
     found = recognise(network.state_dict())
     expected = {"arch": "hat_unet", "scale": 2, "fusion": fusion, "embed_dim": 8, "window_size": 4, **sizes}
@@ -105,6 +105,11 @@ def test_weights_tell_all_sizes(fusion: str, tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(again(x), network(x))
     assert set(read_weights(tmp_path / "w.pth")) == set(network.state_dict())
+
+
+def test_a_ratio_that_leaves_no_whole_channels_is_recognised() -> None:
+    network = tiny_unet(mlp_ratio=1.7)
+    assert load(network.state_dict()).config["mlp_ratio"] == 13 / 8  # 13 channels of 8, 26 of 16
 
 
 def test_it_starts_as_the_identity_and_passes_its_body_to_another_scale() -> None:

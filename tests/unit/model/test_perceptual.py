@@ -62,7 +62,7 @@ def test_dists_equals_the_authors_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("swap", "words"),
     [
-        (lambda alex, vgg, own: (alex[0], own), "holds AlexNet: DISTS is made of VGG-16"),
+        (lambda alex, vgg, own: (alex[0], own), "holds another network than VGG-16, of which DISTS is made"),
         (lambda alex, vgg, own: vgg, "alpha for 1475 channels is missing"),
     ],
 )

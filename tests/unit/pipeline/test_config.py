@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config import CONFIGS, ConfigError, Recipe, flatten, load_recipe, tracking_uri
 from pipeline.launch import TrainJob
+from pipeline.plan import Outside, stages_of
 from pipeline.stages import shard_settings
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("[!_]*.yaml"))
@@ -32,6 +33,26 @@ def test_every_recipe_parses_and_says_what_it_is(name: str) -> None:
     header = (CONFIGS / "recipe" / f"{name}.yaml").read_text().split("extends")[0]
     assert "--recipe" in header
     assert "Cost" in header
+
+
+def test_sets_are_checked_at_the_scales_that_look_at_them() -> None:
+    noise = "evaluate.degrade.held-out=[{step: noise, sigma: 9}]"
+    x1 = ["trainings.last={scale: 1, phase: finetune, init_from: finetune-x2}", "evaluate.models=[last]"]
+    x1 += ["phases.finetune.degradation=[{step: noise, sigma: 9}]"]
+    only_x1 = [f"trainings.{name}.phase=pretrain" for name in ("finetune-x2", "finetune-x3", "finetune-x4")]
+    demo(*x1, *only_x1, noise)  # the x2 trainings before it never look at the set
+    with pytest.raises(ConfigError, match=r"evaluate.degrade.held-out: .* at scale [234] it needs one"):
+        demo(*x1, *only_x1, noise, "validation.every=5")
+
+
+def test_the_best_weights_are_of_what_they_were_chosen_by() -> None:
+    def configs(sigma: int) -> dict[str, object]:
+        steps = f"evaluate.degrade.held-out=[{{step: shrink}}, {{step: noise, sigma: {sigma}}}]"
+        recipe = demo("validation={every: 5, export: best}", steps)
+        outside = Outside(dict.fromkeys(recipe.data, "v"), dict.fromkeys(recipe.evaluate.sets, "v"), {})
+        return {stage.name: stage.config for stage in stages_of(recipe, outside)}
+
+    assert configs(5)["pretrain-x2"] == configs(5)["pretrain-x2"] != configs(9)["pretrain-x2"]
 
 
 def test_only_data_that_something_trains_on_is_used() -> None:

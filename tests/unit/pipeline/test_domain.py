@@ -271,6 +271,11 @@ def test_a_domains_degradation_reaches_the_loader(recipe_of: Callable[..., Recip
     assert "degradation" not in recipe_of([ROUND]).phases["retrain"].what()  # artifacts from before still count
 
 
+def test_a_degradation_in_the_wrong_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="belongs beside training"):
+        load_domain(domain_file(tmp_path), ["training.degradation=[{step: shrink}, {step: jpeg, quality: 30}]"])
+
+
 def test_without_upscaling_a_domains_hold_out_must_be_degraded(
     recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
