@@ -99,11 +99,11 @@ def test_the_command_judges_anybodys_weights_and_compares_them(tmp_path: Path) -
         ),
         (
             ["--weights", "{golden}/hat_x2_w16.pth", "--sets", "x", "--lpips", *2 * ("{golden}/hat_x2_w16.pth",)],
-            ["LPIPS of", "neither AlexNet nor VGG-16"],
+            ["LPIPS of", "neither AlexNet, VGG-16 nor VGG-19"],
         ),
         (
             ["--weights", "{golden}/hat_x2_w16.pth", "--sets", "x", "--dists", *2 * ("{golden}/hat_x2_w16.pth",)],
-            ["DISTS of", "neither AlexNet nor VGG-16"],
+            ["DISTS of", "neither AlexNet, VGG-16 nor VGG-19"],
         ),
         (["--weights", "models:/m@champion", "--sets", ".", "--tracking-uri", "http://127.0.0.1:9"], ["127.0.0.1:9"]),
     ],
