@@ -193,6 +193,15 @@ def download(uri: str, local: str | os.PathLike[str]) -> None:
             s3.download(uri, file)
 
 
+def local_copy(uri: str, folder: Path) -> Path:
+    """The file at `uri` on the local disk: where it lies, or downloaded into a folder under its own name."""
+    if is_local(uri):
+        return Path(normalise(uri))
+    path = folder / uri.rsplit("/", 1)[-1]
+    download(uri, path)
+    return path
+
+
 def delete(uri: str) -> None:
     """Delete the file; nothing happens where there is none."""
     with _naming(uri):

@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from model.weights import read_weights
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the images in 0..1 that these networks were trained on."""
+
 
 @dataclass(frozen=True)
 class Layer:

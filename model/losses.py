@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.backbone import ALEXNET, Backbone
+from model.backbone import ALEXNET, IMAGENET_MEAN, IMAGENET_STD, Backbone
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 STAGE_WEIGHTS = (0.1, 0.1, 1.0, 1.0, 1.0)
 """Of the last convolution of each of VGG's five stages, as Real-ESRGAN has them (arXiv 2107.10833)."""
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what VGG was trained on
 
 CHARBONNIER_EPSILON = 1e-3
 """Where the Charbonnier loss turns from quadratic to linear, in image units of 0..1 (Lai et al., 2017)."""
@@ -52,7 +51,9 @@ class Perceptual:
         if len(stage_weights) != len(self.backbone.channels):
             raise ValueError(f"stage_weights {list(stage_weights)} must be {len(self.backbone.channels)} numbers")
         self.stage_weights = tuple(stage_weights)
-        self.mean, self.std = (torch.tensor(values, device=device)[:, None, None] for values in (_MEAN, _STD))
+        self.mean, self.std = (
+            torch.tensor(values, device=device)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
 
     def __call__(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
         """(B, 3, H, W) in 0..1 twice -> a scalar; gradients reach the first only."""

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.backbone import VGG16, VGG19, Backbone
+from model.backbone import IMAGENET_MEAN, IMAGENET_STD, VGG16, VGG19, Backbone
 from model.weights import read_weights
 
 _LPIPS_MEAN, _LPIPS_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of images in -1..1
-_DISTS_MEAN, _DISTS_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of images in 0..1
 _STABLE = 1e-6  # DISTS adds it above and below its fractions
 
 
@@ -84,7 +83,7 @@ class Dists:
     def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8], crop: int = 0) -> float:
         """See `Distance`."""
         x_bchw = _pair(a, b, crop)
-        features = [x_bchw, *self.backbone.activations(_normalised(x_bchw, _DISTS_MEAN, _DISTS_STD), _l2_pool)]
+        features = [x_bchw, *self.backbone.activations(_normalised(x_bchw, IMAGENET_MEAN, IMAGENET_STD), _l2_pool)]
         alike = 0.0
         shares = (self.texture.split(self.channels), self.structure.split(self.channels))
         for (one_chw, other_chw), texture, structure in zip(features, *shares, strict=True):

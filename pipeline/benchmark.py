@@ -101,7 +101,7 @@ def read_set(uri: str, scale: int, include: tuple[str, ...] = (), steps: tuple[S
     ValueError where there is no image, two have one name, some low-resolution image is missing, or none at scale 1.
     """
     items = {unquote(item.key): item for item in sources.list_items(uri)}
-    wanted = {item.key for item in sources.list_items(uri, include)}
+    wanted = {item.key for item in (sources.list_items(uri, include) if include else items.values())}
     truth = _truth(uri, list(items), scale)
     published = {} if steps else {path: item for path, item in items.items() if _is_low_res_of(path, scale)}
     low_res = {PurePosixPath(path).stem: item for path, item in published.items()}

@@ -80,8 +80,4 @@ def fetch_published(uri: str, folder: Path, recipe: Recipe | None = None) -> Pat
     if uri.startswith("models:/"):
         client = tracking.connect_default(tracking_uri(recipe) if recipe else None)
         return registry.fetch(registry.resolve(client, uri), "weights.pth", folder)
-    if storage.is_local(uri):
-        return Path(storage.normalise(uri))
-    path = folder / uri.rsplit("/", 1)[-1]
-    storage.download(uri, path)
-    return path
+    return storage.local_copy(uri, folder)

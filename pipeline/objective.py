@@ -7,7 +7,7 @@ import torch
 
 from data_prep import storage
 from model.losses import Loss, Perceptual, build_loss, with_perceptual
-from pipeline.config import PerceptualConfig, PhaseConfig, Recipe
+from pipeline.config import PhaseConfig, Recipe
 
 
 def loss_of(phase: PhaseConfig, device: torch.device) -> Loss:
@@ -16,7 +16,8 @@ def loss_of(phase: PhaseConfig, device: torch.device) -> Loss:
     if asked is None:
         return pixel
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-        return with_perceptual(pixel, _perceptual(asked, Path(folder), device), asked.weight)
+        path = storage.local_copy(asked.backbone, Path(folder))
+        return with_perceptual(pixel, Perceptual(path, device, asked.stage_weights), asked.weight)
 
 
 def check_backbones(recipe: Recipe) -> dict[str, str]:
@@ -27,22 +28,9 @@ def check_backbones(recipe: Recipe) -> dict[str, str]:
         if asked is not None:
             with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
                 try:
-                    _perceptual(asked, Path(folder), torch.device("cpu"))
-                    digests[name] = storage.sha256_of(str(_fetched(asked.backbone, Path(folder))))
+                    path = storage.local_copy(asked.backbone, Path(folder))
+                    Perceptual(path, torch.device("cpu"), asked.stage_weights)
+                    digests[name] = storage.sha256_of(str(path))
                 except ValueError as error:
                     raise ValueError(f"phases.{name}.perceptual.backbone {asked.backbone}: {error}") from error
     return digests
-
-
-def _perceptual(asked: PerceptualConfig, folder: Path, device: torch.device) -> Perceptual:
-    return Perceptual(_fetched(asked.backbone, folder), device, asked.stage_weights)
-
-
-def _fetched(uri: str, folder: Path) -> Path:
-    """The file on the local disk."""
-    if storage.is_local(uri):
-        return Path(storage.normalise(uri))
-    path = folder / uri.rsplit("/", 1)[-1]
-    if not path.exists():
-        storage.download(uri, path)
-    return path

@@ -174,8 +174,6 @@ def _weighted_loss(run: Run, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor
     high_res = batch.high_res.to(run.device, non_blocking=True)
     pred = run.engine(batch.low_res.to(run.device, non_blocking=True)).float()
     loss = run.loss(pred, high_res)
-    if run.adversary is not None:
-        loss = loss + run.adversary.loss(pred)
     weight = len(batch.keys) * run.passes * run.world_size / run.job.phase.global_batch
     return loss if weight == 1 else loss * weight, (pred, high_res, weight)
 

@@ -82,9 +82,10 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
     micro_batch, loss = job.compute.micro_batch, loss_of(job.phase, device)
     adversary = _adversary(job, meta, device, bf16)
+    if adversary is not None:
+        loss = with_adversary(loss, adversary.loss)
     if micro_batch == "auto":
-        whole = loss if adversary is None else with_adversary(loss, adversary.loss)
-        micro_batch = find_micro_batch(network, whole, job.phase, job.compute, job.training.scale, bf16)
+        micro_batch = find_micro_batch(network, loss, job.phase, job.compute, job.training.scale, bf16)
     step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
     engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)
     ema = zero.PartitionedEMA(engine, job.phase.ema_decay)
