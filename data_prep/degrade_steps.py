@@ -7,11 +7,11 @@ They are those of Real-ESRGAN (arXiv 2107.10833); `configs/recipe/real.yaml` fol
 import io
 import math
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from data_prep.bicubic import imresize, to_uint8
 
@@ -64,6 +64,16 @@ def draw(of: Range, rng: np.random.Generator) -> float:
     return float(of) if isinstance(of, (int, float)) else float(rng.uniform(*of))
 
 
+def _between(least: float, most: float) -> AfterValidator:
+    """Of a field: its number, or both of its numbers, must lie there."""
+
+    def check(of: Any, info: ValidationInfo) -> Any:
+        _check_range(str(info.field_name), of, least, most)
+        return of
+
+    return AfterValidator(check)
+
+
 def _check_range(name: str, of: Range, least: float, most: float) -> None:
     low, high = (of, of) if isinstance(of, (int, float)) else of
     if not least <= low <= high <= most:
@@ -71,62 +81,57 @@ def _check_range(name: str, of: Range, least: float, most: float) -> None:
         raise ValueError(f"{name} {shown} must lie in {least:g}..{most:g}, the lower end first: correct it")
 
 
-class Noise(_Step):
+class _Grain(_Step):
+    """Noise, of each channel or the same in all."""
+
+    gray: float = Field(0.0, ge=0, le=1, description="share of the samples whose channels get the same noise")
+
+    def _planes(self, image: np.ndarray, rng: np.random.Generator) -> int:
+        """How many planes of noise the sample gets."""
+        return 1 if self.gray and rng.random() < self.gray else image.shape[0]
+
+
+class Noise(_Grain):
     """Gaussian noise."""
 
     step: Literal["noise"]
-    sigma: Range = Field(description="standard deviation, of 255; two numbers: drawn between them")
-    gray: float = Field(0.0, ge=0, le=1, description="share of the samples whose channels get the same noise")
+    sigma: Annotated[Range, _between(0, 255)] = Field(
+        description="standard deviation, of 255; two numbers: drawn between them"
+    )
     clip: bool = Field(
         False,
         description="cut to 0..255, as image files are; the last step's, uncut, is judged uncut and unrounded, as in "
         "the papers on denoising",
     )
 
-    @model_validator(mode="after")
-    def _in_range(self) -> "Noise":
-        _check_range("sigma", self.sigma, 0, 255)
-        return self
-
     def _apply(self, image: np.ndarray, scene: Scene) -> np.ndarray:
-        sigma, planes = draw(self.sigma, scene.rng), _planes(self.gray, image, scene.rng)
+        sigma, planes = draw(self.sigma, scene.rng), self._planes(image, scene.rng)
         noisy = image + np.float32(sigma) * scene.rng.standard_normal((planes, *image.shape[1:]), np.float32)
         return noisy.clip(0, 255) if self.clip else noisy
 
 
-class Poisson(_Step):
+class Poisson(_Grain):
     """Noise of counted light, whose variance is the pixel's value times the square of `scale`; cut to 0..255."""
 
     step: Literal["poisson"]
-    scale: Range = Field(description="factor on the noise; two numbers: drawn between them")
-    gray: float = Field(0.0, ge=0, le=1, description="share of the samples whose channels get the same noise")
-
-    @model_validator(mode="after")
-    def _in_range(self) -> "Poisson":
-        _check_range("scale", self.scale, 0, 100)
-        return self
+    scale: Annotated[Range, _between(0, 100)] = Field(
+        description="factor on the noise; two numbers: drawn between them"
+    )
 
     def _apply(self, image: np.ndarray, scene: Scene) -> np.ndarray:
-        scale, planes = draw(self.scale, scene.rng), _planes(self.gray, image, scene.rng)
+        scale, planes = draw(self.scale, scene.rng), self._planes(image, scene.rng)
         light = image.clip(0, 255) if planes == 3 else image.clip(0, 255).mean(axis=0, keepdims=True)
         noise = scene.rng.poisson(light).astype(np.float32) - light
         return (image + np.float32(scale) * noise).clip(0, 255)
-
-
-def _planes(gray: float, image: np.ndarray, rng: np.random.Generator) -> int:
-    return 1 if gray and rng.random() < gray else image.shape[0]
 
 
 class Jpeg(_Step):
     """Compression by libjpeg, chroma at half the size, as image files have it."""
 
     step: Literal["jpeg"]
-    quality: int | tuple[int, int] = Field(description="libjpeg's quality; two numbers: drawn between them")
-
-    @model_validator(mode="after")
-    def _in_range(self) -> "Jpeg":
-        _check_range("quality", self.quality, 1, 100)
-        return self
+    quality: Annotated[int | tuple[int, int], _between(1, 100)] = Field(
+        description="libjpeg's quality; two numbers: drawn between them"
+    )
 
     @property
     def reach_px(self) -> int:
@@ -145,14 +150,15 @@ class Jpeg(_Step):
 class _Blur(_Step):
     """A convolution; the image is mirrored at its borders, the edge pixel repeated."""
 
-    side: int | tuple[int, int] = Field(21, description="of the kernel, odd; two numbers: drawn between them")
+    side: Annotated[int | tuple[int, int], _between(3, MOST_SIDE)] = Field(
+        21, description="of the kernel, odd; two numbers: drawn between them"
+    )
 
     @model_validator(mode="after")
     def _odd_side(self) -> "_Blur":
         sides = (self.side,) if isinstance(self.side, int) else self.side
         if any(side % 2 == 0 for side in sides):
             raise ValueError(f"side {self.side} must be odd: a kernel has a middle")
-        _check_range("side", self.side, 3, MOST_SIDE)
         return self
 
     @property
@@ -174,20 +180,18 @@ class Blur(_Blur):
     """A bell-shaped kernel, round, or long with a random direction."""
 
     step: Literal["blur"]
-    sigma: Range = Field(description="width in pixels; two numbers: drawn between them")
-    sigma_across: Range | None = Field(None, description="width across the first, of long kernels; null: round")
+    sigma: Annotated[Range, _between(0.05, MOST_SIDE)] = Field(
+        description="width in pixels; two numbers: drawn between them"
+    )
+    sigma_across: Annotated[Range, _between(0.05, MOST_SIDE)] | None = Field(
+        None, description="width across the first, of long kernels; null: round"
+    )
     shape: Literal["gaussian", "generalized", "plateau"] = Field(
         "gaussian", description="exp(-d/2); exp(-d**beta / 2); 1 / (1 + d**beta), where d is the squared distance"
     )
-    beta: Range = Field(1.0, description="for the other shapes than gaussian; two numbers: drawn between them")
-
-    @model_validator(mode="after")
-    def _in_range(self) -> "Blur":
-        _check_range("sigma", self.sigma, 0.05, MOST_SIDE)
-        if self.sigma_across is not None:
-            _check_range("sigma_across", self.sigma_across, 0.05, MOST_SIDE)
-        _check_range("beta", self.beta, 0.1, 10)
-        return self
+    beta: Annotated[Range, _between(0.1, 10)] = Field(
+        1.0, description="for the other shapes than gaussian; two numbers: drawn between them"
+    )
 
     def _kernel(self, side: int, rng: np.random.Generator) -> np.ndarray:
         along = across = draw(self.sigma, rng)
@@ -226,12 +230,9 @@ class Sinc(_Blur):
     """A low-pass whose edges ring, as sharpened and resized images have it."""
 
     step: Literal["sinc"]
-    cutoff: Range = Field((math.pi / 3, math.pi), description="radians per pixel; two numbers: drawn between them")
-
-    @model_validator(mode="after")
-    def _in_range(self) -> "Sinc":
-        _check_range("cutoff", self.cutoff, 0.1, math.pi)
-        return self
+    cutoff: Annotated[Range, _between(0.1, math.pi)] = Field(
+        (math.pi / 3, math.pi), description="radians per pixel; two numbers: drawn between them"
+    )
 
     def _kernel(self, side: int, rng: np.random.Generator) -> np.ndarray:
         from scipy.special import j1
@@ -248,16 +249,11 @@ class Resize(_Step):
     """Another size on the way, by a random filter; `shrink` arrives at the low resolution in the end."""
 
     step: Literal["resize"]
-    factor: Range = Field(description="of the side; two numbers: drawn between them")
+    factor: Annotated[Range, _between(0.05, 8)] = Field(description="of the side; two numbers: drawn between them")
     of: Literal["current", "low_res"] = Field("current", description="what the factor is of")
     filters: tuple[Literal["area", "bilinear", "bicubic"], ...] = Field(
         ("area", "bilinear", "bicubic"), min_length=1, description="one is drawn"
     )
-
-    @model_validator(mode="after")
-    def _in_range(self) -> "Resize":
-        _check_range("factor", self.factor, 0.05, 8)
-        return self
 
     def _apply(self, image: np.ndarray, scene: Scene) -> np.ndarray:
         sides = scene.low_res if self.of == "low_res" else image.shape[1:]

@@ -20,7 +20,7 @@ from data_prep.degrade import degrade
 from data_prep.degrade_steps import Step
 from data_prep.image import decode
 from data_prep.sources import Item
-from pipeline.settings import Settings
+from pipeline.settings import Settings, digest_of
 
 METRICS = ("psnr_y", "ssim_y")
 _CUT = re.compile(r"GTmod(\d+)/")  # BasicSR's: ground truth cut to a multiple
@@ -159,7 +159,7 @@ def read_pair(image: BenchmarkImage, scale: int) -> Pair:
     height, width = (side // scale * scale for side in high_res.shape[:2])
     high_res = high_res[:height, :width]
     if image.steps:
-        said = repr([step.model_dump(mode="json") for step in image.steps]).encode()
+        said = digest_of([step.model_dump(mode="json") for step in image.steps]).encode()
         return Pair(degrade(high_res, scale, image.steps, image.name), high_res, _digest(data, said))
     if image.low_res is None:
         return Pair(shrink_bicubic(high_res, scale), high_res, _digest(data))
