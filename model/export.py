@@ -107,8 +107,14 @@ def export_onnx(path: str | Path, network: UpscalingNetwork, begin: Steps = _sil
     program = export_program(network)
     begin(2, 3, "translating it to ONNX")
     with _quiet():
-        names: dict[str, list[str]] = {"input_names": ["low_res"], "output_names": ["high_res"]}
-        onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, dynamic_shapes=(AXES,), **names)
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=["low_res"],
+            output_names=["high_res"],
+            dynamic_shapes=(AXES,),
+        )
     assert onnx_program is not None
     onnx_program.model.metadata_props["hatchery"] = json.dumps(network.config)
     difference = 0.0

@@ -96,7 +96,7 @@ def _each(asked: Sequence[Any], enlarge: Enlarge) -> list[Any]:
     """A list of images of any sizes and kinds, one by one."""
     if not len(asked):
         raise RefusedError("there are no images")
-    answers = []
+    answers: list[Any] = []
     for number, entry in enumerate(asked, start=1):
         image = _unpacked(entry)
         name = f"image {number}"

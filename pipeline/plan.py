@@ -101,7 +101,7 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
     stages = []
     start = training.init_from
     if training.init_weights or (start and recipe.trainings[start].scale != training.scale):
-        begin = {
+        begin: dict[str, Any] = {
             "model": recipe.model.model_dump(mode="json"),
             "scale": training.scale,
             "seed": training.seed,
