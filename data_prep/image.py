@@ -14,8 +14,6 @@ from PIL import Image
 
 from data_prep import jpeg, jpeg_header, jpeg_scans
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
-
 _DAMAGED = "cannot be decoded: the compressed data is damaged or cut off"
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 

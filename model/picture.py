@@ -41,6 +41,8 @@ BIG_TIFF_BYTES = 2**31
 class Format:
     """What a kind of file can hold, and how Pillow is to write it."""
 
+    name: str
+    """Pillow's."""
     deep: bool = False
     """16 bits a channel."""
     alpha: bool = False
@@ -51,17 +53,22 @@ class Format:
     """For Pillow's `save`."""
 
 
-JPEG = Format(largest_side_px=65500, options=(("quality", 95), ("subsampling", 0)))
+PNG, TIFF = Format("PNG", deep=True, alpha=True), Format("TIFF", deep=True, alpha=True)
+JPEG = Format("JPEG", largest_side_px=65500, options=(("quality", 95), ("subsampling", 0)))
 FORMATS: dict[str, Format] = {
-    ".png": Format(deep=True, alpha=True),
-    ".tif": Format(deep=True, alpha=True),
-    ".tiff": Format(deep=True, alpha=True),
-    ".webp": Format(alpha=True, largest_side_px=16383, options=(("lossless", True),)),
+    ".png": PNG,
+    ".tif": TIFF,
+    ".tiff": TIFF,
+    ".webp": Format("WEBP", alpha=True, largest_side_px=16383, options=(("lossless", True),)),
     ".jpg": JPEG,
     ".jpeg": JPEG,
-    ".bmp": Format(),
+    ".bmp": Format("BMP"),
+    **dict.fromkeys((".jfif", ".jpe", ".jif", ".jfi", ".mpo"), JPEG),
+    ".apng": PNG,
 }
 """By the ending of the file's name, in lower case."""
+PARSERS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF")
+"""Pillow's names of the formats that are read; no other parser is ever asked."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def _refuse_larger(height: int, width: int) -> None:
 
 def _picture(data: bytes) -> Picture:
     """A picture in any file but a TIFF of 16 bits."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=PARSERS) as image:
         _refuse_larger(image.height, image.width)
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
             raise ValueError("it holds several pictures, not one")
@@ -238,9 +245,9 @@ def encoded(picture: Picture, suffix: str) -> bytes:
     if pixels.dtype == np.uint16:
         return _with_profile(bytes(imagecodecs.png_encode(pixels)), picture.profile)
     file = io.BytesIO()
-    kind = Image.registered_extensions()[suffix]
-    profile = {"icc_profile": picture.profile} if picture.profile and kind != "BMP" else {}
-    Image.fromarray(pixels).save(file, kind, **dict(FORMATS[suffix].options), **profile)
+    kind = FORMATS[suffix]
+    profile = {"icc_profile": picture.profile} if picture.profile and kind.name != "BMP" else {}
+    Image.fromarray(pixels).save(file, kind.name, **dict(kind.options), **profile)
     return file.getvalue()
 
 
