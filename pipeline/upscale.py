@@ -15,7 +15,7 @@ import psutil
 import torch
 from rich.console import Console
 
-from data_prep import jpeg, jpeg_header, jpeg_scans
+from data_prep.image import whole
 from data_prep.image_files import EXTENSIONS, PassedOver
 from data_prep.sources import iter_images
 from model import load
@@ -179,8 +179,9 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
 
 def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
     """One image; returns what it was and became."""
-    picture = read_picture(job.source)
-    _refuse_cut_off(job.source)
+    picture = read_picture(job.source, whole)
+    if picture.num_pictures > 1:
+        display.say(f"      {job.source.name}: the first of its {picture.num_pictures} pictures")
     check_target(job.target, picture, network.scale)
 
     size = picture.pixels.shape[:2]
@@ -202,15 +203,6 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
     tiles = f", tiles of {tile} px" if tile else ""
     return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
-
-
-def _refuse_cut_off(path: Path) -> None:
-    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray."""
-    data = path.read_bytes()
-    header = jpeg_header.parse(data)
-    is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
-    if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
-        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
 
 
 def fitting_tile(
