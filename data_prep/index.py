@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.storage import DamageError, StorageError, exists, join, normalise, read_bytes, write_bytes, writing
+from data_prep.uri import printable
 
 INDEX_NAME = "index.json"
 LEFT_OUT_NAME = "left-out.jsonl"
@@ -227,7 +228,7 @@ def publish_index(
         with writing(join(uri, LEFT_OUT_NAME)) as file:
             shutil.copyfileobj(spool, file)
     index = ShardIndex(
-        source=source,
+        source=printable(source),
         source_fingerprint=fingerprint,
         settings=settings,
         num_images=num_images + len(duplicates or {}),

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from data_prep.duplicates import find_duplicates
 from data_prep.image import check, decode
+from data_prep.image_files import PassedOver
 from data_prep.index import (
     INDEX_NAME,
     Reject,
@@ -41,6 +42,7 @@ from data_prep.storage import (
 )
 from data_prep.subimages import boxes, sub_key, to_png
 from data_prep.tasks import in_order
+from data_prep.uri import printable
 
 __all__ = ["ShardPlan", "ShardSet", "ShardSettings", "make_shards", "plan_shards", "write_shard"]
 
@@ -109,14 +111,18 @@ def make_shards(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> ShardSet:
     """Make or complete the shards of a source at `destination`; Ray must be initialised.
 
     A complete set made from the same source and settings is returned as it is. `progress` is called with the number
-    of finished shards and of all. Raises ValueError where the source holds no images or too many are rejected,
-    StorageError where the storage fails.
+    of finished shards and of all, `say` with a line about files that are no images. Raises ValueError where the source
+    holds no images or too many are rejected, StorageError where the storage fails.
     """
-    with Plan(iter_items(source, include, exclude), settings) as plan:
+    passed_over = PassedOver()
+    with Plan(iter_items(source, include, exclude, passed_over), settings) as plan:
+        if say and (said := passed_over.describe()):
+            say(f"{source}: {said}")
         if (finished := _finished(destination, plan.fingerprint, settings)) is not None:
             return finished
         delete(join(destination, INDEX_NAME))  # from here on the old index is no longer true
@@ -237,8 +243,7 @@ def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple
 
 def _reject(item: Item, reason: str) -> Reject:
     """The image as left out; bytes of its name that are no UTF-8 are written \\xNN, for JSON takes none."""
-    uri = item.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return Reject(key=item.key, uri=uri, reason=reason)
+    return Reject(key=item.key, uri=printable(item.uri), reason=reason)
 
 
 def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:

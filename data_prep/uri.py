@@ -1,7 +1,10 @@
 """Storage addresses: what a URI is, its one spelling, and the error that names it."""
 
 import os
+import unicodedata
 from urllib.parse import unquote, urlsplit
+
+_UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
 class StorageError(ValueError):
@@ -10,6 +13,22 @@ class StorageError(ValueError):
 
 class DamageError(StorageError):
     """What is stored is not what was written: trying again does not help."""
+
+
+def printable(text: str) -> str:
+    """A name or message as it can be shown in one line by any program.
+
+    Control characters, line separators and bytes that are no UTF-8 are escaped: `caf\\xe9.jpg`, `line\\u2028sep.jpg`.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(char: str) -> str:
+    if unicodedata.category(char) not in _UNPRINTABLE:
+        return char
+    is_byte = "\udc80" <= char <= "\udcff"
+    code = char.encode(errors="surrogateescape") if is_byte else char.encode("unicode_escape")
+    return code.decode(errors="backslashreplace")
 
 
 def normalise(uri: str | os.PathLike[str]) -> str:

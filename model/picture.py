@@ -6,9 +6,9 @@ Pillow reads and writes 8 bits a channel; 16-bit PNG goes through imagecodecs, T
 import io
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ BIG_TIFF_BYTES = 2**31
 class Format:
     """What a kind of file can hold, and how Pillow is to write it."""
 
+    name: str
+    """Pillow's."""
     deep: bool = False
     """16 bits a channel."""
     alpha: bool = False
@@ -51,17 +53,22 @@ class Format:
     """For Pillow's `save`."""
 
 
-JPEG = Format(largest_side_px=65500, options=(("quality", 95), ("subsampling", 0)))
+PNG, TIFF = Format("PNG", deep=True, alpha=True), Format("TIFF", deep=True, alpha=True)
+JPEG = Format("JPEG", largest_side_px=65500, options=(("quality", 95), ("subsampling", 0)))
 FORMATS: dict[str, Format] = {
-    ".png": Format(deep=True, alpha=True),
-    ".tif": Format(deep=True, alpha=True),
-    ".tiff": Format(deep=True, alpha=True),
-    ".webp": Format(alpha=True, largest_side_px=16383, options=(("lossless", True),)),
+    ".png": PNG,
+    ".tif": TIFF,
+    ".tiff": TIFF,
+    ".webp": Format("WEBP", alpha=True, largest_side_px=16383, options=(("lossless", True),)),
     ".jpg": JPEG,
     ".jpeg": JPEG,
-    ".bmp": Format(),
+    ".bmp": Format("BMP"),
+    **dict.fromkeys((".jfif", ".jpe", ".jif", ".jfi", ".mpo"), JPEG),
+    ".apng": PNG,
 }
 """By the ending of the file's name, in lower case."""
+PARSERS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+"""Pillow's names of the formats that are read; no other parser is ever asked."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +79,20 @@ class Picture:
     """(H, W, C), uint8 or uint16; C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha)."""
     profile: bytes | None = None
     """ICC profile."""
+    num_pictures: int = 1
+    """In the file that it was read from, of which it is the first."""
 
 
-def read_picture(path: str | Path) -> Picture:
+def read_picture(path: str | Path, prepare: Callable[[bytes], bytes] = bytes) -> Picture:
     """The picture in a file, turned as its EXIF orientation says; palettes, CMYK and the like become RGB.
 
-    ValueError, naming the file, where it is missing, broken, animated, has float pixels or more than `LARGEST_PX`.
+    Of an animation, or a file of several pages, the first one. `prepare` is given the file's bytes, and what it gives
+    back is decoded. ValueError, naming the file, where it is missing, broken, of none of `PARSERS`, has float pixels or
+    more than `LARGEST_PX`, and for a ValueError of `prepare`.
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = prepare(path.read_bytes())
         deep_tiff = _deep_tiff(data) if data[:4] in TIFF_SIGNATURES else None
         with _own_limit():
             return deep_tiff or _picture(data)
@@ -109,16 +120,25 @@ def _refuse_larger(height: int, width: int) -> None:
 
 def _picture(data: bytes) -> Picture:
     """A picture in any file but a TIFF of 16 bits."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=PARSERS) as image:
         _refuse_larger(image.height, image.width)
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise ValueError("it holds several pictures, not one")
+        num_pictures = _num_pictures(image)
         pixels = _deep_pixels(data, image)
         if pixels is None:
             turned = _cmyk_to_srgb(ImageOps.exif_transpose(image))
-            return _with_fitting_profile(_eight_bit_pixels(turned), turned.info.get("icc_profile"))
-        turns = image.getexif().get(ORIENTATION, 1)
-        return _with_fitting_profile(_turned(pixels, turns), image.info.get("icc_profile"))
+            picture = _with_fitting_profile(_eight_bit_pixels(turned), turned.info.get("icc_profile"))
+        else:
+            turns = image.getexif().get(ORIENTATION, 1)
+            picture = _with_fitting_profile(_turned(pixels, turns), image.info.get("icc_profile"))
+    return replace(picture, num_pictures=num_pictures)
+
+
+def _num_pictures(image: Image.Image) -> int:
+    """How many pictures a file holds; the previews that a camera adds to its JPEG do not count, nor damaged pages."""
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except BROKEN:
+        return 1
 
 
 def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
@@ -163,12 +183,11 @@ def _deep_tiff(data: bytes) -> Picture | None:
             return None
         if page.dtype != np.uint16:
             raise ValueError(f"its pixels are {page.dtype}; convert it to 8 or 16 bits")
-        if len(tiff.pages) > 1:
-            raise ValueError("it holds several pictures, not one")
         _refuse_larger(page.imagelength, page.imagewidth)
         pixels = page.asarray()
         tag = page.tags.get(ORIENTATION)
         profile = page.iccprofile
+        num_pictures = len(tiff.pages)
     if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, 2)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
@@ -176,7 +195,8 @@ def _deep_tiff(data: bytes) -> Picture | None:
     elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
         raise ValueError("16-bit pixels are known here as gray or RGB only; convert it to RGB")
     pixels = np.atleast_3d(pixels).astype(np.uint16, copy=False)
-    return _with_fitting_profile(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
+    picture = _with_fitting_profile(_turned(pixels, 1 if tag is None else int(tag.value)), profile)
+    return replace(picture, num_pictures=num_pictures)
 
 
 def _eight_bit_pixels(image: Image.Image) -> NDArray[Any]:
@@ -238,9 +258,9 @@ def encoded(picture: Picture, suffix: str) -> bytes:
     if pixels.dtype == np.uint16:
         return _with_profile(bytes(imagecodecs.png_encode(pixels)), picture.profile)
     file = io.BytesIO()
-    kind = Image.registered_extensions()[suffix]
-    profile = {"icc_profile": picture.profile} if picture.profile and kind != "BMP" else {}
-    Image.fromarray(pixels).save(file, kind, **dict(FORMATS[suffix].options), **profile)
+    kind = FORMATS[suffix]
+    profile = {"icc_profile": picture.profile} if picture.profile and kind.name != "BMP" else {}
+    Image.fromarray(pixels).save(file, kind.name, **dict(kind.options), **profile)
     return file.getvalue()
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_prep.uri import StorageError, printable
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
 from pipeline.errors import Stopped
@@ -136,14 +137,18 @@ def upscale_images(
 
     Exit code 1 where some images of a folder failed; the others are done.
     """
+    from data_prep.image_files import PassedOver
     from pipeline import upscale
 
-    jobs = upscale.plan(source, target)
+    passed_over = PassedOver()
+    jobs = upscale.plan(source, target, passed_over)
+    if said := passed_over.describe():
+        typer.echo(f"{printable(source)}: {said}")
     network, name = upscale.open_network(upscale.Source(weights, model, scale, tracking_uri, interval_size))
     options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled)
     problems = upscale.run(jobs, network, name, options, Console(width=None if sys.stdout.isatty() else 120))
     for problem in problems:
-        typer.echo(f"hatchery: {problem}", err=True)
+        typer.echo(f"hatchery: {printable(problem)}", err=True)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -178,7 +183,7 @@ def shards_ls(uri: ShardSet, debug: Tracebacks = False) -> None:
     from data_prep.verify import describe
 
     for row in describe(uri):
-        typer.echo("\t".join(str(value) for value in row))
+        typer.echo("\t".join(printable(str(value)) for value in row))
 
 
 @shards.command("verify")
@@ -188,8 +193,8 @@ def shards_verify(uri: ShardSet, debug: Tracebacks = False) -> None:
 
     report = verify(uri)
     for problem in report.problems:
-        typer.echo(problem, err=True)
-    typer.echo(f"{report.uri}: {report.num_shards} shards, {'sound' if report.is_sound else 'damaged'}")
+        typer.echo(printable(problem), err=True)
+    typer.echo(f"{printable(report.uri)}: {report.num_shards} shards, {'sound' if report.is_sound else 'damaged'}")
     raise typer.Exit(0 if report.is_sound else 1)
 
 
@@ -213,9 +218,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """The error's own words; of one that came through Ray, the words of its cause."""
+    """The error's own words; of one that came through Ray, the words of its cause. No name in them breaks the line."""
     cause = getattr(error, "cause", None)
-    return str(cause if isinstance(cause, Exception) else error)
+    told = cause if isinstance(cause, Exception) else error
+    lines = [str(told)] if isinstance(told, StorageError) else str(told).split("\n")  # a config's faults are many
+    return "\n".join(map(printable, lines))
 
 
 if __name__ == "__main__":

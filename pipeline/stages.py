@@ -88,6 +88,7 @@ def run_shard(work: Work) -> Artifact:
         include=list(data.include),
         exclude=list(data.exclude),
         progress=lambda done, total: work.display.update(done, total, "shards"),
+        say=lambda text: work.display.say(f"      {text}"),
     )
     index = work.folder / INDEX_NAME
     storage.download(storage.join(work.place, INDEX_NAME), index)

@@ -15,11 +15,13 @@ import psutil
 import torch
 from rich.console import Console
 
-from data_prep import jpeg, jpeg_header, jpeg_scans
+from data_prep.image import whole
+from data_prep.image_files import EXTENSIONS, PassedOver
+from data_prep.sources import iter_images
 from model import load
 from model.blocks import NUM_FEAT, UpscalingNetwork
 from model.inference import upscale
-from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
+from model.picture import Picture, check_target, read_picture, write_picture
 from model.precision import resolve_precision
 from model.tiles import Tiler, smallest_tile
 from pipeline.progress import Display
@@ -76,19 +78,22 @@ class Job:
     target: Path
 
 
-def plan(source: str, target: str) -> list[Job]:
+def plan(source: str, target: str, passed_over: PassedOver | None = None) -> list[Job]:
     """The files to work on. ValueError for a source that is missing or empty, and for a target that cannot be.
 
-    A folder's images keep their names and places below the target; a single one may be given a folder, too.
+    A folder's images keep their names and places below the target; a single one may be given a folder, too. What is no
+    image is counted in `passed_over`.
     """
     into = Path(target)
     if Path(source).is_dir():
         if into.exists() and not into.is_dir():
             raise ValueError(f"{target} is a file: name a folder for the images of {source}")
-        found = [path for path in sorted(Path(source).rglob("*")) if path.suffix.lower() in FORMATS and path.is_file()]
+        passed_over = PassedOver() if passed_over is None else passed_over
+        found = [Path(source, info.path) for info in iter_images(source, passed_over)]
         jobs = [Job(path, into / path.relative_to(source)) for path in found if not _is_below(path, into, source)]
         if not jobs:
-            raise ValueError(f"{source} holds no images: their names end in {', '.join(FORMATS)}")
+            besides = f" ({said})" if (said := passed_over.describe()) else ""
+            raise ValueError(f"{source} holds no images: their names end in .{', .'.join(EXTENSIONS)}{besides}")
     elif Path(source).is_file():
         is_folder = into.is_dir() or target.endswith(os.sep)
         jobs = [Job(Path(source), into / Path(source).name if is_folder else into)]
@@ -174,8 +179,9 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
 
 def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
     """One image; returns what it was and became."""
-    picture = read_picture(job.source)
-    _refuse_cut_off(job.source)
+    picture = read_picture(job.source, whole)
+    if picture.num_pictures > 1:
+        display.say(f"      {job.source.name}: the first of its {picture.num_pictures} pictures")
     check_target(job.target, picture, network.scale)
 
     size = picture.pixels.shape[:2]
@@ -197,15 +203,6 @@ def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Dis
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
     tiles = f", tiles of {tile} px" if tile else ""
     return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
-
-
-def _refuse_cut_off(path: Path) -> None:
-    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray."""
-    data = path.read_bytes()
-    header = jpeg_header.parse(data)
-    is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
-    if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
-        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
 
 
 def fitting_tile(
