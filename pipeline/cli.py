@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_prep.redact import without_secrets
 from data_prep.uri import StorageError, printable
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
@@ -22,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_USERS_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError)
 
 
 @app.callback()
@@ -210,18 +214,33 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - a traceback is written all the same, without secrets
+        if not _is_users(error):
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+            sys.exit(1)
         if "--debug" in arguments:
-            traceback.print_exc()
+            sys.stderr.write(without_secrets(traceback.format_exc()))
         sys.stderr.write(f"hatchery: {_one_line(error)}\n")
         sys.exit(2)
 
 
+def _is_users(error: Exception) -> bool:
+    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    mlflow = sys.modules.get("mlflow.exceptions")
+    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+
+
 def _one_line(error: Exception) -> str:
-    """The error's own words; of one that came through Ray, the words of its cause. No name in them breaks the line."""
+    """The error's own words without secrets; of one that came through Ray, the words of its cause.
+
+    No name in them breaks the line.
+    """
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
-    lines = [str(told)] if isinstance(told, StorageError) else str(told).split("\n")  # a config's faults are many
+    if not isinstance(told, ValueError | OSError | MemoryError):
+        return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
+    text = without_secrets(str(told))
+    lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many
     return "\n".join(map(printable, lines))
 
 

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from data_prep import storage
 from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
 from data_prep.pairs import OnDamage
+from data_prep.redact import redacted
 from model import build
 from model.losses import STAGE_WEIGHTS
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set
+from pipeline.names import ModelName, Name
 from pipeline.rule import GateConfig
 from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
 
@@ -41,9 +43,12 @@ class TrackingConfig(Settings):
 
     uri: str | None = Field(
         None,
-        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri",
+        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri. A login "
+        "in it is used and stored nowhere; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD do as well",
     )
-    experiment: str = Field("hatchery", description="MLflow experiment that holds the runs")
+    experiment: str = Field(
+        "hatchery", min_length=1, max_length=500, description="MLflow experiment that holds the runs"
+    )
 
 
 class ComputeConfig(Settings):
@@ -317,7 +322,7 @@ class CascadeConfig(Settings):
 class EvaluateConfig(Settings):
     """Benchmarks by the published protocol."""
 
-    sets: dict[str, str] = Field(
+    sets: dict[Name, str] = Field(
         default_factory=dict,
         description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
     )
@@ -338,7 +343,7 @@ class EvaluateConfig(Settings):
 class RegistryConfig(Settings):
     """The MLflow model registry and the gate before `champion`."""
 
-    name: str = Field(description="registered model name; the scale is appended: NAME-x2")
+    name: ModelName = Field(description="registered model name; the scale is appended: NAME-x2")
     gate: GateConfig
     anchor: str | None = Field(
         None, description="models:/NAME/VERSION that gate.not_worse is asked about as well as the champion; null: none"
@@ -352,19 +357,24 @@ class Places(Settings):
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, dump: SerializerFunctionWrapHandler) -> Any:
+        """Whatever is stored or shown of it has no login in a URI; the object itself keeps what it was given."""
+        return redacted(dump(self))
+
 
 class Recipe(Places):
     """Everything about one run of the pipeline."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200)]
     seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
     model: ModelConfig
-    data: dict[str, DataConfig]
-    mixes: dict[str, tuple[MixPartConfig, ...]] = Field(
+    data: dict[Name, DataConfig]
+    mixes: dict[Name, tuple[MixPartConfig, ...]] = Field(
         default_factory=dict, description="name -> sets served together by shares, exactly and whatever the workers"
     )
-    phases: dict[str, PhaseConfig]
-    trainings: dict[str, TrainingConfig]
+    phases: dict[Name, PhaseConfig]
+    trainings: dict[Name, TrainingConfig]
     validation: ValidationConfig = ValidationConfig()
     cascade: CascadeConfig = CascadeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -543,4 +553,5 @@ def tracking_uri(places: Places) -> str:
             f"tracking.uri is not set and storage.uri {places.storage.uri!r} is not a local folder: "
             f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{storage.normalise(places.storage.uri)}/mlflow.db"
+    folder = storage.normalise(places.storage.uri)
+    return f"sqlite:///{folder.replace('%', '%25').replace('?', '%3F')}/mlflow.db"  # as SQLAlchemy spells a path
