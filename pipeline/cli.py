@@ -168,11 +168,16 @@ def export(
     ] = None,
     debug: Tracebacks = False,
 ) -> None:
-    """Write a network as ONNX or as a torch.export program, for images of any height and width."""
-    from pipeline import upscale
+    """Write a network as ONNX or as a torch.export program, for images of any height and width, any number at once.
+
+    Says what it does and how long it took.
+    """
+    from pipeline.export import export as export_network
+    from pipeline.upscale import Source
 
     file, model = (None, weights) if weights.startswith("models:/") else (weights, None)
-    typer.echo(upscale.export(upscale.Source(file, model, None, tracking_uri, interval_size), target))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    typer.echo(export_network(Source(file, model, None, tracking_uri, interval_size), target, console))
 
 
 shards = typer.Typer(help="Make a set of shards, look at one, check one.", no_args_is_help=True)

@@ -16,8 +16,6 @@ import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
-from mlflow.types import Schema, TensorSpec
 
 from data_prep.redact import without_secrets
 from pipeline import report
@@ -31,10 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTENT_TAG, SCALE_TAG = "hatchery.content", "hatchery.scale"
 EVALUATION, RECIPE = "evaluation.json", "recipe.json"
 _NO_SUCH_NAME = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # none that there is, none that there can be
-SIGNATURE = ModelSignature(
-    inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
-    outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1, 3))]),
-)
 
 
 def model_name(registry: RegistryConfig, scale: int) -> str:
@@ -63,7 +57,7 @@ def register(
                     python_model=str(ROOT / "pipeline" / "pyfunc_model.py"),
                     artifacts={key: str(path) for key, path in carried.items()},
                     code_paths=[str(ROOT / "model")],
-                    signature=SIGNATURE,
+                    signature=False,  # arrays of several kinds and base64 text: the model itself checks what it gets
                     input_example=np.zeros((1, 8, 8, 3), np.uint8),
                     pip_requirements=_requirements(),
                 )
@@ -74,7 +68,7 @@ def register(
 
 def _requirements() -> list[str]:
     """What the package `model` imports, at the versions that the model was made with."""
-    packages = ("mlflow", "torch", "numpy", "pillow", "safetensors")
+    packages = ("mlflow", "torch", "numpy", "pillow", "safetensors", "imagecodecs", "tifffile")
     return [f"{package}=={version(package).split('+')[0]}" for package in packages]
 
 

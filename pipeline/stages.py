@@ -16,7 +16,7 @@ from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
 from model import build
-from model.weights import load_parameters, read_weights, save_network
+from model.weights import UNTOLD, load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
@@ -276,9 +276,7 @@ def write_reports(results: list[SetResult], archs: dict[str, str | None], folder
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The model options that `model.load` cannot read off the weights."""
-    return {
-        key: value for key, value in recipe.model.options.items() if key in ("num_heads", "conv_scale", "interval_size")
-    }
+    return {key: value for key, value in recipe.model.options.items() if key in ("num_heads", *UNTOLD)}
 
 
 def run_register(work: Work) -> Artifact:
