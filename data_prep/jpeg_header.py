@@ -6,10 +6,11 @@ chroma at full size, half width, or half width and height. `parse` returns None 
 
 from dataclasses import dataclass
 
-from data_prep.jpeg_markers import APP0, APP14, DHT, DQT, DRI, FRAMES, SOF0, SOF1, SOI, SOS, segments
+from data_prep.jpeg_markers import APP0, APP14, DHT, DQT, DRI, FRAMES, SOF0, SOF1, SOS, segments
 
 _LUMA_SAMPLING = ((1, 1), (2, 1), (2, 2))
-_JFIF_BYTES, _ADOBE_BYTES = 14, 12  # shorter segments are not taken for these by libjpeg
+_KNOWN = frozenset((DHT, DQT, DRI, 0xFE, *range(APP0, APP0 + 16)))  # 0xFE: a comment
+_VERSION_BYTES, _JFIF_BYTES, _ADOBE_BYTES = 7, 14, 12  # shorter segments are not taken for these by libjpeg
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def _parse(data: bytes) -> JpegHeader | None:
             if marker not in (SOF0, SOF1) or frame > 0:
                 return None
             frame = start
-        elif marker == SOI or not _take(data, tables, marker, start, position):
+        elif marker not in _KNOWN or not _take(data, tables, marker, start, position):
             return None
     return None
 
@@ -85,6 +86,8 @@ def _take(data: bytes, tables: _Tables, marker: int, start: int, stop: int) -> b
     elif marker == DRI:
         tables.restart_interval = data[start] << 8 | data[start + 1]
         start += 2
+    elif marker in (APP0, APP14) and data[start:stop].startswith((b"JFIF", b"Adobe")) and stop - start < _VERSION_BYTES:
+        return False  # Pillow looks for their version
     elif marker == APP0 and data[start : start + 5] == b"JFIF\0":
         tables.jfif = tables.jfif or stop - start >= _JFIF_BYTES
     elif marker == APP14 and data[start : start + 5] == b"Adobe" and stop - start >= _ADOBE_BYTES:
