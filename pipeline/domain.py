@@ -11,6 +11,7 @@ from pipeline.config import EvaluateConfig, PhaseConfig, Places, check_batch
 from pipeline.cron import check_cron
 from pipeline.rule import GateConfig
 from pipeline.settings import Settings, load_settings
+from pipeline.suggest import did_you_mean
 
 PHASE, MIX = "retrain", "mixed"
 
@@ -116,10 +117,11 @@ class DomainConfig(Places):
         known = [self.name, *self.evaluate.sets]
         for name in self.gate.sets:
             if name not in known:
-                raise ValueError(f"gate asks about {name!r}, known are: {', '.join(known)}")
+                meant = did_you_mean(name, known)
+                raise ValueError(f"gate asks about {name!r}, known are: {', '.join(known)}{meant}")
         return self
 
 
 def load_domain(path: str, overrides: list[str] | None = None) -> DomainConfig:
     """The domain of a YAML file with `a.b=c` overrides. ConfigError with one line per fault."""
-    return load_settings(DomainConfig, Path(path), overrides or [])
+    return load_settings(DomainConfig, Path(path), overrides or [], "domain")
