@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, describe_os_error
 
 app = typer.Typer(
     name="hatchery",
@@ -205,17 +205,18 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        sys.stderr.write(f"hatchery: {_one_line(error)}\n")
+        sys.stderr.write(f"hatchery: {_one_line(error, arguments[0] if arguments else 'hatchery')}\n")
         sys.exit(2)
 
 
-def _one_line(error: Exception) -> str:
-    """The error's own words; of one that came through Ray, the words of its cause."""
+def _one_line(error: Exception, command: str) -> str:
+    """The error's own words; of one that came through Ray, the words of its cause; the system's with path and place."""
     cause = getattr(error, "cause", None)
-    return str(cause if isinstance(cause, Exception) else error)
+    found = cause if isinstance(cause, Exception) else error
+    return describe_os_error(found, command) if isinstance(found, OSError) else str(found)
 
 
 if __name__ == "__main__":

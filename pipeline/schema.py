@@ -1,4 +1,4 @@
-"""What the config classes say of their keys: what lies below a key, what is a section, what a mapping, what may be null.
+"""What the config classes say of their keys: what lies below one, which are sections or mappings, what may be null.
 
 Works on the annotations of pydantic fields, so that messages, `hatchery config` and nulls in YAML know every key.
 """
