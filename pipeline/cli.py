@@ -14,7 +14,7 @@ from data_prep.redact import without_secrets
 from data_prep.uri import StorageError, printable
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, describe_os_error
 
 app = typer.Typer(
     name="hatchery",
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 
-_USERS_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError)
+_USERS_ERRORS = (ValueError, OSError, MemoryError)
 
 
 @app.callback()
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(1)
         if "--debug" in arguments:
             sys.stderr.write(without_secrets(traceback.format_exc()))
-        sys.stderr.write(f"hatchery: {_one_line(error)}\n")
+        sys.stderr.write(f"hatchery: {_one_line(error, arguments[0] if arguments else 'hatchery')}\n")
         sys.exit(2)
 
 
@@ -235,8 +235,9 @@ def _is_users(error: Exception) -> bool:
     return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
 
 
-def _one_line(error: Exception) -> str:
-    """The error's own words without secrets; of one that came through Ray, the words of its cause.
+def _one_line(error: Exception, command: str) -> str:
+    """The error's own words without secrets; of one that came through Ray, the words of its cause;
+    the system's with path and place.
 
     No name in them breaks the line.
     """
@@ -244,7 +245,7 @@ def _one_line(error: Exception) -> str:
     told = cause if isinstance(cause, Exception) else error
     if not isinstance(told, ValueError | OSError | MemoryError):
         return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
-    text = without_secrets(str(told))
+    text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
     lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many
     return "\n".join(map(printable, lines))
 

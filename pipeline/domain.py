@@ -12,6 +12,7 @@ from pipeline.cron import check_cron
 from pipeline.names import check_model_name
 from pipeline.rule import GateConfig
 from pipeline.settings import Settings, load_settings
+from pipeline.suggest import did_you_mean
 
 PHASE, MIX = "retrain", "mixed"
 
@@ -117,10 +118,11 @@ class DomainConfig(Places):
         known = [self.name, *self.evaluate.sets]
         for name in self.gate.sets:
             if name not in known:
-                raise ValueError(f"gate asks about {name!r}, known are: {', '.join(known)}")
+                meant = did_you_mean(name, known)
+                raise ValueError(f"gate asks about {name!r}, known are: {', '.join(known)}{meant}")
         return self
 
 
 def load_domain(path: str, overrides: list[str] | None = None) -> DomainConfig:
     """The domain of a YAML file with `a.b=c` overrides. ConfigError with one line per fault."""
-    return load_settings(DomainConfig, Path(path), overrides or [])
+    return load_settings(DomainConfig, Path(path), overrides or [], "domain")

@@ -23,6 +23,7 @@ from data_prep import sources, storage  # noqa: E402
 from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
+from pipeline.errors import describe_os_error  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
 from pipeline.objective import check_backbones  # noqa: E402
 from pipeline.plan import Outside, Planned, Stage  # noqa: E402
@@ -179,6 +180,8 @@ def _run_stage(
         tracker.abandon(run_id, error)
         if isinstance(error, MlflowException):
             raise tracker.refusal(run_id, error) from error
+        if isinstance(error, OSError):
+            raise ValueError(describe_os_error(error, f"stage {stage.name}")) from error
         raise
 
 

@@ -35,7 +35,7 @@ from pipeline.validate import ImagePair, read_best
 
 SAFETENSORS, PTH = "weights.safetensors", "weights.pth"
 RESULTS = "results.json"
-_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s", "validation_psnr_y": "validation {:.2f} dB"}
+_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s"}
 
 
 @dataclass
@@ -195,10 +195,19 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         if metrics := record.get("metrics", {}):
             last.update(metrics)
             work.tracker.log_metrics(work.run_id, metrics, step)
+            if looked := _validation_of(metrics):
+                work.display.say(f"{say}step {step}, {looked}")
+                return
             note = ", ".join(pattern.format(metrics[key]) for key, pattern in _NOTED.items() if key in metrics)
             work.display.update(step, steps, "steps", note)
 
     return handle
+
+
+def _validation_of(metrics: dict[str, float]) -> str:
+    """What a validation found, in words; empty for metrics of none. It is said by itself: a bar would pass over it."""
+    shown = {"validation_psnr_y": "validation {:.3f} dB", "validation_ssim_y": "SSIM {:.4f}"}
+    return ", ".join(pattern.format(metrics[key]) for key, pattern in shown.items() if key in metrics)
 
 
 def _export(weights: dict[str, torch.Tensor], work: Work, scale: int, lineage: dict[str, str]) -> dict[str, Path]:
