@@ -12,10 +12,13 @@ TEMPORARY = ".hatchery-"
 class WriteError(ValueError):
     """A file cannot be written: a full or read-only disk, no rights, a file where a folder is needed."""
 
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(f"{path} cannot be written: {error.strerror or error}")
-        self.errno = error.errno
-        """The system's number of the reason, as in `errno`."""
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message, errno)
+        self.errno = errno
+        """The system's number of the reason, as in the module `errno`."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -31,4 +34,4 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             write(part)
             os.replace(part, path)
     except OSError as error:
-        raise WriteError(path, error) from error
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}", error.errno) from error

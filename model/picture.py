@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from model import exif, metadata, png
+from model.alpha import has_alpha
 from model.files import write_atomically
 from model.metadata import EXIF_PREFIX, Metadata
 
@@ -121,7 +122,7 @@ def read_outline(path: str | Path) -> Outline:
             with tifffile.TiffFile(file) as tiff:
                 page = tiff.pages.first
                 if page.dtype is not None and page.dtype.itemsize > 1:
-                    return Outline((page.imagelength, page.imagewidth), True, page.samplesperpixel in (2, 4))
+                    return Outline((page.imagelength, page.imagewidth), True, has_alpha(page.samplesperpixel))
             file.seek(0)
         with Image.open(file, formats=PARSERS) as image:
             return Outline((image.height, image.width), False, _is_transparent(image))
@@ -261,15 +262,28 @@ def check_target(path: str | Path, like: Picture | None = None, scale: int = 1) 
     kind = FORMATS.get(Path(path).suffix.lower())
     if kind is None:
         raise ValueError(f"{path}: choose an ending among {', '.join(FORMATS)}")
-    if like is not None and like.pixels.dtype == np.uint16 and not kind.deep:
-        raise ValueError(f"{path} cannot hold 16 bits a channel: choose .png or .tif")
-    if like is not None and like.pixels.shape[2] in (2, 4) and not kind.alpha:
-        raise ValueError(f"{path} cannot hold an alpha channel: choose .png, .webp or .tif")
-    if like is not None and kind.largest_side_px and max(like.pixels.shape[:2]) * scale > kind.largest_side_px:
+    if like is not None:
+        refuse_what_it_cannot_hold(path, like.pixels.dtype == np.uint16, has_alpha(like.pixels.shape[2]))
         height, width = (side * scale for side in like.pixels.shape[:2])
+        refuse_size(path, height, width)
+
+
+def refuse_size(path: str | Path, height: int, width: int) -> None:
+    """ValueError where the format of a file's known ending cannot hold so many px."""
+    kind = FORMATS[Path(path).suffix.lower()]
+    if kind.largest_side_px and max(height, width) > kind.largest_side_px:
         raise ValueError(
             f"{path} cannot hold {width} x {height} px, at most {kind.largest_side_px} a side: choose .png or .tif"
         )
+
+
+def refuse_what_it_cannot_hold(path: str | Path, deep: bool, alpha: bool) -> None:
+    """ValueError where the format of a file's known ending cannot hold 16 bits a channel, or an alpha channel."""
+    kind = FORMATS[Path(path).suffix.lower()]
+    if deep and not kind.deep:
+        raise ValueError(f"{path} cannot hold 16 bits a channel: choose .png or .tif")
+    if alpha and not kind.alpha:
+        raise ValueError(f"{path} cannot hold an alpha channel: choose .png, .webp or .tif")
 
 
 def write_picture(path: str | Path, picture: Picture, quality: int | None = None) -> tuple[str, ...]:
@@ -327,7 +341,7 @@ def _tiff(pixels: NDArray[Any], picture: Picture, about: Metadata) -> bytes:
         file,
         pixels,
         photometric="rgb" if channels > 2 else "minisblack",
-        extrasamples=["unassalpha"] if channels in (2, 4) else None,
+        extrasamples=["unassalpha"] if has_alpha(channels) else None,
         planarconfig="contig" if channels > 1 else None,
         compression="zlib",
         bigtiff=pixels.nbytes >= BIG_TIFF_BYTES,
