@@ -110,6 +110,37 @@ def upscale_images(
     scale: Annotated[
         int | None, typer.Option(help="Must be the network's; alone it means the registry's champion of that scale.")
     ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Go on after a stop: leave out images whose results are there, not older, and of the wanted size.",
+        ),
+    ] = False,
+    result_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="png, tif, jpg, webp or bmp, for folders; auto: the image's own, or png where that cannot hold "
+            "its 16 bits or alpha.",
+        ),
+    ] = "auto",
+    quality: Annotated[
+        int | None, typer.Option(help="1 to 100, of JPEG (95) and WebP (without loss unless this is given).")
+    ] = None,
+    suffix: Annotated[
+        str, typer.Option(help="Goes into the names of a folder's results: _x4 makes photo_x4.png.")
+    ] = "",
+    outscale: Annotated[
+        float | None, typer.Option(help="Sides of the result over the image's: the network first, then one resize.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Of the result, px; alone, the height follows.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of the result, px; alone, the width follows.")] = None,
+    alpha: Annotated[str, typer.Option(help="Transparency: enlarged by the network, by bicubic, or drop.")] = "network",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, cuda:1, several by commas; auto: all GPUs, which share a folder, else cpu."),
+    ] = "auto",
     tile: Annotated[
         int | None,
         typer.Option(
@@ -139,18 +170,22 @@ def upscale_images(
 ) -> None:
     """Upscale an image or a folder of images: 8 and 16 bits, gray, RGB, alpha; PNG, JPEG, TIFF, WebP, BMP.
 
-    Exit code 1 where some images of a folder failed; the others are done.
+    EXIF, XMP, resolution and colour profile are kept. Exit code 1 where some images of a folder failed; the others
+    are done.
     """
-    from data_prep.image_files import PassedOver
-    from pipeline import upscale
+    from pipeline import upscale, upscale_files, upscale_image
 
-    passed_over = PassedOver()
-    jobs = upscale.plan(source, target, passed_over)
-    if said := passed_over.describe():
-        typer.echo(f"{printable(source)}: {said}")
-    network, name = upscale.open_network(upscale.Source(weights, model, scale, tracking_uri, interval_size))
-    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled)
-    problems = upscale.run(jobs, network, name, options, Console(width=None if sys.stdout.isatty() else 120))
+    task = upscale.Task(
+        source,
+        target,
+        upscale.Source(weights, model, scale, tracking_uri, interval_size),
+        upscale_files.Naming(result_format, suffix, alpha != "drop"),
+        upscale_image.Wanted(outscale, width, height, alpha, quality),
+        upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled),
+        device,
+        skip_existing,
+    )
+    problems = upscale.carry_out(task, Console(width=None if sys.stdout.isatty() else 120))
     for problem in problems:
         typer.echo(f"hatchery: {printable(problem)}", err=True)
     raise typer.Exit(1 if problems else 0)

@@ -186,7 +186,7 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("place", ["in.png/out.png", "in.png/sub/out.png"])
 def test_a_place_that_cannot_be_is_one_line_from_any_command(place, hatchery, weights, tmp_path, monkeypatch) -> None:
     """Whatever the early check does not see, such as a file made meanwhile."""
-    monkeypatch.setattr("pipeline.upscale._refuse_below_a_file", lambda target: None)
+    monkeypatch.setattr("pipeline.upscale_files.refuse_below_a_file", lambda target: None)
     write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
     code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / place, "--weights", weights)
     assert (code, err.count("\n")) == (2, 1)
