@@ -21,6 +21,7 @@ from pipeline import cluster, compare, pictures, registry, report, stages, track
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set, set_name
 from pipeline.cascade import fetch_published
 from pipeline.config import EVALUATION_SCALES, ComputeConfig
+from pipeline.config_files import place_of
 from pipeline.evaluate import SetResult, Weights, evaluate, load_distance
 from pipeline.published import preset_of
 from pipeline.settings import Settings, explain
@@ -134,6 +135,8 @@ def _steps(text: str, scale: int) -> tuple[Step, ...]:
         check(steps, scale)
     except ValidationError as error:
         raise ValueError(explain(_Degrade, "--degrade", error)) from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"--degrade {text!r}: {place_of(error, text)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--degrade {text!r}: {' '.join(str(error).split())}") from error
     return steps

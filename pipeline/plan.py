@@ -4,14 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
+from model import build
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe, digest_of
+from pipeline.suggest import did_you_mean
 
 Kind = Literal["shard", "mix", "train", "cascade", "evaluate", "register", "promote"]
 
 # Raise a kind's number when its code changes what it produces from the same config and inputs.
-VERSIONS: dict[Kind, int] = {"shard": 3, "mix": 1, "train": 2, "cascade": 2, "evaluate": 3, "register": 2, "promote": 3}
+VERSIONS: dict[Kind, int] = {"shard": 3, "mix": 1, "train": 2, "cascade": 2, "evaluate": 3, "register": 3, "promote": 3}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
             "seed": training.seed,
         }
         begin |= recipe.cascade.model_dump(mode="json") | {"weights": outside.weights.get(name)}
+        begin |= _head_of(recipe, training.scale)
         cascade = f"cascade-{start or 'published'}-to-{name}"
         stages.append(Stage(cascade, "cascade", "cascade", (start,) if start else (), begin))
         start = cascade
@@ -114,6 +119,7 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
         "phase": phase.what(),
         "training": training.model_dump(mode="json", exclude={"init_from", "init_weights", "phase"}),
         "seed": recipe.seed,
+        **_head_of(recipe, training.scale),
     }
     if training.phase in outside.backbones:
         config["backbone"] = outside.backbones[training.phase]
@@ -125,6 +131,15 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
             config["best"]["degrade"] = [step.model_dump(mode="json") for step in steps]
     stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps))
     return stages
+
+
+def _head_of(recipe: Recipe, scale: int) -> dict[str, str]:
+    """How a network of scale 1 ends, unless as all did when fingerprints had no word for it: those still count."""
+    if scale > 1:
+        return {}
+    with torch.device("meta"):
+        network = build(recipe.model.arch, scale, **recipe.model.options)
+    return {} if network.is_residual else {"restoration_head": "reconstruction"}
 
 
 def select(stages: list[Stage], names: list[str] | None, first: str | None, last: str | None) -> set[str]:
@@ -147,10 +162,9 @@ def select(stages: list[Stage], names: list[str] | None, first: str | None, last
 def _named(stages: list[Stage], name: str) -> list[Stage]:
     found = [stage for stage in stages if name in (stage.name, stage.group)]
     if not found:
-        groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
-        raise ValueError(
-            f"stage {name!r} is unknown; groups: {groups}; stages: {', '.join(stage.name for stage in stages)}"
-        )
+        groups, names = list(dict.fromkeys(stage.group for stage in stages)), [stage.name for stage in stages]
+        meant = did_you_mean(name, [*groups, *names])
+        raise ValueError(f"stage {name!r} is unknown{meant}; groups: {', '.join(groups)}; stages: {', '.join(names)}")
     return found
 
 

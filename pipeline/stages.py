@@ -17,7 +17,7 @@ from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
 from model import build
-from model.weights import load_parameters, read_weights, save_network
+from model.weights import UNTOLD, load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
@@ -36,7 +36,7 @@ from pipeline.validate import ImagePair, read_best
 
 SAFETENSORS, PTH = "weights.safetensors", "weights.pth"
 RESULTS = "results.json"
-_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s", "validation_psnr_y": "validation {:.2f} dB"}
+_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s"}
 
 
 @dataclass
@@ -196,10 +196,19 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         if metrics := record.get("metrics", {}):
             last.update(metrics)
             work.tracker.log_metrics(work.run_id, metrics, step)
+            if looked := _validation_of(metrics):
+                work.display.say(f"{say}step {step}, {looked}")
+                return
             note = ", ".join(pattern.format(metrics[key]) for key, pattern in _NOTED.items() if key in metrics)
             work.display.update(step, steps, "steps", note)
 
     return handle
+
+
+def _validation_of(metrics: dict[str, float]) -> str:
+    """What a validation found, in words; empty for metrics of none. It is said by itself: a bar would pass over it."""
+    shown = {"validation_psnr_y": "validation {:.3f} dB", "validation_ssim_y": "SSIM {:.4f}"}
+    return ", ".join(pattern.format(metrics[key]) for key, pattern in shown.items() if key in metrics)
 
 
 def _export(weights: dict[str, torch.Tensor], work: Work, scale: int, lineage: dict[str, str]) -> dict[str, Path]:
@@ -280,9 +289,7 @@ def write_reports(results: list[SetResult], archs: dict[str, str | None], folder
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The model options that `model.load` cannot read off the weights."""
-    return {
-        key: value for key, value in recipe.model.options.items() if key in ("num_heads", "conv_scale", "interval_size")
-    }
+    return {key: value for key, value in recipe.model.options.items() if key in ("num_heads", *UNTOLD)}
 
 
 def run_register(work: Work) -> Artifact:

@@ -1,4 +1,4 @@
-"""`hatchery upscale` and `hatchery export`: images, and other runtimes, from weights files and registered models.
+"""`hatchery upscale`: images through networks from weights files and registered models.
 
 Weights and targets are checked before any work. A broken image in a folder is named and passed over.
 """
@@ -100,14 +100,14 @@ def plan(source: str, target: str, passed_over: PassedOver | None = None) -> lis
         check_target(jobs[0].target)
     else:
         raise ValueError(f"{source} does not exist: name an image or a folder of images")
-    _refuse_below_a_file(into)
+    refuse_below_a_file(into)
     for job in jobs:
         if job.target.resolve() == job.source.resolve():
             raise ValueError(f"{target} would overwrite {job.source}: name another place for the result")
     return jobs
 
 
-def _refuse_below_a_file(target: Path) -> None:
+def refuse_below_a_file(target: Path) -> None:
     """ValueError where a folder that the target needs is a file."""
     for folder in target.parents:
         if folder.is_file():
@@ -260,23 +260,3 @@ def _container_free_bytes() -> int:
 def _named(job: Job, error: Exception) -> str:
     text = str(error)
     return text if str(job.source) in text or str(job.target) in text else f"{job.source}: {text}"
-
-
-def export(source: Source, target: str) -> str:
-    """Write a network as `.onnx` or `.pt2`; returns what was written. ValueError for another ending."""
-    from model.export import export_onnx, require_onnx, save_program
-
-    suffix = Path(target).suffix
-    if suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{target}: choose an ending among .onnx, .pt2")
-    _refuse_below_a_file(Path(target))
-    if suffix == ".onnx":
-        require_onnx()
-    network, name = open_network(source)
-    if suffix == ".onnx":
-        difference = export_onnx(target, network)
-        checked = f"differs from PyTorch by at most {difference:.1e} in onnxruntime, of a range of 1"
-    else:
-        save_program(target, network)
-        checked = f"for sides of more than {network.multiple} px"
-    return f"{target}: {name}, {network.arch} x{network.scale}, {checked}"

@@ -176,7 +176,7 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
         (["--model", "models:/m@champion"], "no MLflow store"),
         (["--model", "m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "write models:/NAME@champion"),
         (["--scale", "2", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "holds no champion for x2"),
-        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "cannot be had"),
+        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "registered are: none yet"),
     ):
         code, _, err = hatchery("upscale", "in.png", "out.png", *arguments)
         assert (code, message in err) == (2, True), err
