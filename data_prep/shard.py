@@ -27,8 +27,9 @@ from data_prep.index import (
     summarise,
     to_json,
 )
+from data_prep.layouts import training_items
 from data_prep.plan import Plan, ShardPlan, plan_shards
-from data_prep.sources import Item, iter_items, read_item
+from data_prep.sources import Item, read_item
 from data_prep.storage import (
     StorageError,
     delete,
@@ -121,10 +122,10 @@ def make_shards(
 
     A complete set made from the same source and settings is returned as it is. `progress` is called with the number
     of finished shards and of all, `say` with lines about what is passed over. Raises ValueError where the source
-    holds no images or too many are rejected, StorageError where the storage fails.
+    holds no images, images in two resolutions, or too many are rejected, StorageError where the storage fails.
     """
     passed_over = PassedOver()
-    with Plan(iter_items(source, include, exclude, passed_over), settings) as plan:
+    with Plan(training_items(source, include, exclude, passed_over), settings) as plan:
         if say and (said := passed_over.describe()):
             say(f"{source}: {said}")
         if (finished := _finished(destination, plan.fingerprint, settings)) is not None:

@@ -12,6 +12,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from data_prep import storage
 from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
+from data_prep.image_files import PassedOver
 from data_prep.pairs import OnDamage
 from data_prep.redact import redacted
 from model.losses import STAGE_WEIGHTS
@@ -335,7 +336,7 @@ class EvaluateConfig(Settings):
 
     sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2, or SelfExSR's), images, or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(
@@ -346,9 +347,9 @@ class EvaluateConfig(Settings):
     pictures: int = Field(2, ge=0, description="so many of the worst images, and of the best, as pictures per set")
     protocol: Protocol = Protocol()
 
-    def images(self, name: str, scale: int) -> list[BenchmarkImage]:
-        """A set's images at a scale. ValueError as `read_set`."""
-        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()))
+    def images(self, name: str, scale: int, passed_over: PassedOver | None = None) -> list[BenchmarkImage]:
+        """A set's images at a scale; `passed_over` counts what is none. ValueError as `read_set`."""
+        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()), passed_over)
 
 
 class RegistryConfig(Settings):

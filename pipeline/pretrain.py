@@ -20,8 +20,10 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
+from data_prep.layouts import training_items  # noqa: E402
 from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
+from pipeline.benchmark import set_fingerprint  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
 from pipeline.errors import describe_os_error  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
@@ -50,11 +52,11 @@ def survey(recipe: Recipe) -> Outside:
             recipe.evaluate.images(name, scale)
     return Outside(
         {
-            name: sources.fingerprint(sources.iter_items(data.source, list(data.include), list(data.exclude)))
+            name: sources.fingerprint(training_items(data.source, list(data.include), list(data.exclude)))
             for name, data in used.items()
         },
         {
-            name: sources.fingerprint(sources.iter_items(uri, list(recipe.evaluate.include.get(name, ()))))
+            name: set_fingerprint(uri, recipe.evaluate.include.get(name, ()))
             for name, uri in recipe.evaluate.sets.items()
         },
         cascade.check_published(recipe),

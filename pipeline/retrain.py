@@ -30,6 +30,7 @@ from rich.console import Console  # noqa: E402
 from data_prep import sources, storage  # noqa: E402
 from data_prep.degrade import check  # noqa: E402
 from data_prep.image_files import PassedOver  # noqa: E402
+from data_prep.layouts import training_items  # noqa: E402
 from data_prep.uri import printable  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
 from pipeline import places, pretrain, registry, tracking  # noqa: E402
@@ -151,7 +152,7 @@ def _num_held(images: Sequence[NewImage]) -> int:
 def _arrived(domain: DomainConfig, passed_over: PassedOver) -> list[sources.Item]:
     """What lies at the domain's source now; an empty folder is no error here."""
     try:
-        return sources.list_items(domain.source, list(domain.include), list(domain.exclude), passed_over)
+        return list(training_items(domain.source, list(domain.include), list(domain.exclude), passed_over))
     except sources.NoImagesError:
         if _is_there(domain.source):
             return []

@@ -12,6 +12,7 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from data_prep import storage
+from data_prep.image_files import PassedOver
 from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
@@ -254,7 +255,10 @@ def run_evaluate(work: Work) -> Artifact:
         path = artifacts.fetch(trained, PTH, work.folder)
         weights, archs[name] = Weights.put(path.read_bytes(), load_options(work.recipe)), preset_of(read_weights(path))
         for set_name in asked.sets:
-            images = asked.images(set_name, scale)
+            passed_over = PassedOver()
+            images = asked.images(set_name, scale, passed_over)
+            if said := passed_over.describe():
+                work.display.say(f"      {set_name}: {said}")
             judged = evaluate(name, scale, weights, set_name, images, asked.protocol)
             results.append(judged.result)
             shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)
