@@ -11,10 +11,11 @@ import hashlib
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
@@ -24,7 +25,8 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from data_prep import s3
-from data_prep.uri import DamageError, StorageError, is_local, join, normalise, split_s3
+from data_prep.uri import DamageError, StorageError, is_local, join, normalise, refuse_secrets, split_s3
+from data_prep.walk import Note, Walk
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -148,14 +150,27 @@ def list_files(uri: str) -> list[FileInfo]:
     return sorted(iter_files(uri), key=lambda info: os.fsencode(info.path))
 
 
-def iter_files(uri: str) -> Iterator[FileInfo]:
-    """Every file below a folder or prefix, one by one: sorted on a disk, in the server's order in an object store."""
+def iter_files(
+    uri: str, skip: Callable[[str], bool] = lambda _: False, note: Note = lambda *_: None
+) -> Iterator[FileInfo]:
+    """Every file below a folder or prefix, one by one: sorted on a disk, in the server's order in an object store.
+
+    Links are followed; a folder that is reached a second time, by a loop or another link, is passed over. `skip`
+    says which paths are left out, on a disk with all that is below them. `note` is told each path that was left out
+    and why: nothing for those of `skip`.
+    """
     root = normalise(uri)
     with _naming(root):
         if is_local(root):
-            yield from _walk(root, "")
-        else:
-            for path, size, tag in s3.objects(root):
+            for path in Walk(root, skip, note).below(""):
+                is_ours = os.path.basename(path).startswith(_TEMPORARY)
+                if not is_ours and (info := _local_file(root, path, note)) is not None:
+                    yield info
+            return
+        for path, size, tag in s3.objects(root):
+            if skip(path):
+                note(path, "")
+            else:
                 yield FileInfo(path, f"{root}/{path}", size, tag)
 
 
@@ -270,6 +285,7 @@ def writing(uri: str) -> Iterator[BinaryIO]:
 
 def check_writable(uri: str) -> None:
     """Write, read back and delete a small probe below `uri`. Raises StorageError with the remedy."""
+    refuse_secrets(uri)
     probe, data = join(uri, f".hatchery-probe-{uuid.uuid4().hex}"), uuid.uuid4().bytes
     with _naming(uri):
         if is_local(uri):
@@ -373,24 +389,14 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _walk(root: str, below: str) -> Iterator[FileInfo]:
-    """The files below root/below, sorted by the bytes of their paths, of which one folder at a time is held."""
-    folder = os.path.join(root, below)
-    try:
-        with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: os.fsencode(entry.name) + b"/" * entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        if below:
-            raise
-        return
-    for entry in listed:
-        path = os.path.join(below, entry.name)
-        if entry.is_dir():
-            yield from _walk(root, path)
-        elif not entry.name.startswith(_TEMPORARY):
-            if entry.is_symlink() and not os.path.exists(entry.path):
-                yield FileInfo(path, os.path.join(root, path), 0, DANGLING)
-                continue
-            with _naming(entry.path):
-                status = os.stat(entry.path)
-            yield FileInfo(path, os.path.join(root, path), status.st_size, str(status.st_mtime_ns))
+def _local_file(root: str, path: str, note: Note) -> FileInfo | None:
+    """A file that was found below a folder; None, and noted, where it is a pipe or the like: no read of it ends."""
+    place = os.path.join(root, path)
+    if os.path.islink(place) and not os.path.exists(place):
+        return FileInfo(path, place, 0, DANGLING)
+    with _naming(place):
+        status = os.stat(place)
+    if not stat.S_ISREG(status.st_mode):
+        note(path, "neither a file nor a folder")
+        return None
+    return FileInfo(path, place, status.st_size, str(status.st_mtime_ns))

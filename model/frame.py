@@ -78,6 +78,11 @@ class FrameConfig:
         return self.scale == 1 and self.restoration_head == "residual"
 
     @property
+    def multiple(self) -> int:
+        """What an input's height and width must be multiples of, in low-resolution pixels."""
+        return self.window_size
+
+    @property
     def mlp_dim(self) -> int:
         """Hidden channels of an MLP: the product rounded down, but not for its last digits (60 * (123 / 60) < 123)."""
         return int(round(self.embed_dim * self.mlp_ratio, 6))
@@ -137,7 +142,7 @@ class Frame(UpscalingNetwork):
         dim = config.embed_dim
         self.scale = config.scale
         self.is_residual = config.has_residual_head
-        self.multiple = config.window_size
+        self.multiple = config.multiple
         self.config = {"arch": self.arch, **asdict(config)}
         self.config.update(depths=list(config.depths), num_heads=list(config.num_heads))
         self.img_range = config.img_range

@@ -55,6 +55,11 @@ class HatUnetConfig(FrameConfig):
         if self.refinement < 0:
             raise ValueError(f"refinement={self.refinement} must not be negative")
 
+    @property
+    def multiple(self) -> int:
+        """A window of the bottom level, in pixels of the finest one."""
+        return int(self.window_size * 2 ** (len(self.depths) - 1))
+
     def dim(self, level: int) -> int:
         """Channels of a level, from 0."""
         return int(self.embed_dim * 2**level)
@@ -161,7 +166,6 @@ class HatUnet(Frame):
         window, bottom = config.window_size, len(config.depths) - 1
         tables = {"relative_position_index": window_index(window), "shift_masks": shift_masks(window)}
         super().__init__(config, tables, [])
-        self.multiple = window * 2**bottom
         rates = config.drop_path_rates
         self.encoder = nn.ModuleList(Level(config, level, rates[level]) for level in range(bottom + 1))
         self.down = nn.ModuleList(Resampling(config.dim(level), down=True) for level in range(bottom))

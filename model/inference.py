@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.alpha import has_alpha, spread_colour
 from model.blocks import UpscalingNetwork
 from model.ensemble import ensemble as mean_of_turns
 from model.ensemble import part
@@ -36,6 +37,7 @@ def upscale(
 
     uint8 or uint16; C is 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGB and alpha). Values are rounded half to
     even and clipped. Gray goes through the network as three equal channels, whose mean is taken; so does alpha.
+    Wholly transparent pixels take the colour of the nearest that is seen, or their own would reach the rim of it.
 
     `tile`: side in low-resolution px of the squares to work on, for large images; neighbours share `overlap` px
     (default: 4 of the network's windows), in whose middle one fades into the next; both are rounded up to windows.
@@ -47,6 +49,7 @@ def upscale(
     MemoryError where no tile fits.
     """
     image = _checked(image)
+    image = spread_colour(image) if image.ndim == 3 else image
     if device is not None:
         network.to(device)
     planes = [_planes(image, channels) for channels in _groups(image)]
@@ -99,7 +102,7 @@ def _groups(image: NDArray[Any]) -> list[slice]:
     channels = 1 if image.ndim == 2 else image.shape[2]
     colour = slice(0, 3 if channels >= 3 else 1)
     alpha = slice(channels - 1, channels)
-    return [colour, alpha] if channels in (2, 4) and np.ptp(image[..., -1]) else [colour]
+    return [colour, alpha] if has_alpha(channels) and np.ptp(image[..., -1]) else [colour]
 
 
 def _planes(image: NDArray[Any], channels: slice) -> Tensor:
@@ -116,7 +119,7 @@ def _pixels(outputs: list[Tensor], image: NDArray[Any]) -> NDArray[Any]:
     parts = [colour_chw, *(alpha[0].mean(0, keepdim=True) for alpha in outputs[1:])]
     levels_chw = (torch.cat(parts) * greatest).round().clamp(0, greatest)
     pixels = np.ascontiguousarray(levels_chw.permute(1, 2, 0).numpy().astype(image.dtype))
-    if channels in (2, 4) and len(outputs) == 1:
+    if has_alpha(channels) and len(outputs) == 1:
         constant = np.full_like(pixels[..., :1], image[0, 0, -1])
         pixels = np.concatenate([pixels, constant], axis=2)
     return pixels.reshape(pixels.shape[:2] + image.shape[2:])

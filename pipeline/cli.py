@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_prep.redact import without_secrets
+from data_prep.uri import StorageError, printable
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, describe_os_error
 
 app = typer.Typer(
     name="hatchery",
@@ -21,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_USERS_ERRORS = (ValueError, OSError, MemoryError)
 
 
 @app.callback()
@@ -105,6 +110,37 @@ def upscale_images(
     scale: Annotated[
         int | None, typer.Option(help="Must be the network's; alone it means the registry's champion of that scale.")
     ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Go on after a stop: leave out images whose results are there, not older, and of the wanted size.",
+        ),
+    ] = False,
+    result_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="png, tif, jpg, webp or bmp, for folders; auto: the image's own, or png where that cannot hold "
+            "its 16 bits or alpha.",
+        ),
+    ] = "auto",
+    quality: Annotated[
+        int | None, typer.Option(help="1 to 100, of JPEG (95) and WebP (without loss unless this is given).")
+    ] = None,
+    suffix: Annotated[
+        str, typer.Option(help="Goes into the names of a folder's results: _x4 makes photo_x4.png.")
+    ] = "",
+    outscale: Annotated[
+        float | None, typer.Option(help="Sides of the result over the image's: the network first, then one resize.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Of the result, px; alone, the height follows.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of the result, px; alone, the width follows.")] = None,
+    alpha: Annotated[str, typer.Option(help="Transparency: enlarged by the network, by bicubic, or drop.")] = "network",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, cuda:1, several by commas; auto: all GPUs, which share a folder, else cpu."),
+    ] = "auto",
     tile: Annotated[
         int | None,
         typer.Option(
@@ -134,16 +170,24 @@ def upscale_images(
 ) -> None:
     """Upscale an image or a folder of images: 8 and 16 bits, gray, RGB, alpha; PNG, JPEG, TIFF, WebP, BMP.
 
-    Exit code 1 where some images of a folder failed; the others are done.
+    EXIF, XMP, resolution and colour profile are kept. Exit code 1 where some images of a folder failed; the others
+    are done.
     """
-    from pipeline import upscale
+    from pipeline import upscale, upscale_files, upscale_image
 
-    jobs = upscale.plan(source, target)
-    network, name = upscale.open_network(upscale.Source(weights, model, scale, tracking_uri, interval_size))
-    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled)
-    problems = upscale.run(jobs, network, name, options, Console(width=None if sys.stdout.isatty() else 120))
+    task = upscale.Task(
+        source,
+        target,
+        upscale.Source(weights, model, scale, tracking_uri, interval_size),
+        upscale_files.Naming(result_format, suffix, alpha != "drop"),
+        upscale_image.Wanted(outscale, width, height, alpha, quality),
+        upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled),
+        device,
+        skip_existing,
+    )
+    problems = upscale.carry_out(task, Console(width=None if sys.stdout.isatty() else 120))
     for problem in problems:
-        typer.echo(f"hatchery: {problem}", err=True)
+        typer.echo(f"hatchery: {printable(problem)}", err=True)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -183,7 +227,7 @@ def shards_ls(uri: ShardSet, debug: Tracebacks = False) -> None:
     from data_prep.verify import describe
 
     for row in describe(uri):
-        typer.echo("\t".join(str(value) for value in row))
+        typer.echo("\t".join(printable(str(value)) for value in row))
 
 
 @shards.command("verify")
@@ -193,8 +237,8 @@ def shards_verify(uri: ShardSet, debug: Tracebacks = False) -> None:
 
     report = verify(uri)
     for problem in report.problems:
-        typer.echo(problem, err=True)
-    typer.echo(f"{report.uri}: {report.num_shards} shards, {'sound' if report.is_sound else 'damaged'}")
+        typer.echo(printable(problem), err=True)
+    typer.echo(f"{printable(report.uri)}: {report.num_shards} shards, {'sound' if report.is_sound else 'damaged'}")
     raise typer.Exit(0 if report.is_sound else 1)
 
 
@@ -210,17 +254,35 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - a traceback is written all the same, without secrets
+        if not _is_users(error):
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+            sys.exit(1)
         if "--debug" in arguments:
-            traceback.print_exc()
-        sys.stderr.write(f"hatchery: {_one_line(error)}\n")
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+        sys.stderr.write(f"hatchery: {_one_line(error, arguments[0] if arguments else 'hatchery')}\n")
         sys.exit(2)
 
 
-def _one_line(error: Exception) -> str:
-    """The error's own words; of one that came through Ray, the words of its cause."""
+def _is_users(error: Exception) -> bool:
+    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    mlflow = sys.modules.get("mlflow.exceptions")
+    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+
+
+def _one_line(error: Exception, command: str) -> str:
+    """The error's own words without secrets; of one that came through Ray, the words of its cause;
+    the system's with path and place.
+
+    No name in them breaks the line.
+    """
     cause = getattr(error, "cause", None)
-    return str(cause if isinstance(cause, Exception) else error)
+    told = cause if isinstance(cause, Exception) else error
+    if not isinstance(told, ValueError | OSError | MemoryError):
+        return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
+    text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
+    lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many
+    return "\n".join(map(printable, lines))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,24 @@ artifact's fingerprint, so moving a run to other machines never changes what it 
 """
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from data_prep import storage
 from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
+from data_prep.image_files import PassedOver
 from data_prep.pairs import OnDamage
-from model import build
+from data_prep.redact import redacted
 from model.losses import STAGE_WEIGHTS
+from model.presets import PRESETS, arguments_of, configure
+from pipeline import config_files
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set
+from pipeline.names import ModelName, Name
 from pipeline.rule import GateConfig
 from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
+from pipeline.suggest import did_you_mean
 
 __all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten", "load_recipe", "tracking_uri"]
 
@@ -41,9 +44,12 @@ class TrackingConfig(Settings):
 
     uri: str | None = Field(
         None,
-        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri",
+        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri. A login "
+        "in it is used and stored nowhere; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD do as well",
     )
-    experiment: str = Field("hatchery", description="MLflow experiment that holds the runs")
+    experiment: str = Field(
+        "hatchery", min_length=1, max_length=500, description="MLflow experiment that holds the runs"
+    )
 
 
 class ComputeConfig(Settings):
@@ -138,6 +144,17 @@ class ModelConfig(Settings):
     @classmethod
     def _without_nulls(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in options.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "ModelConfig":
+        if self.arch not in PRESETS:
+            raise ValueError(f"arch {self.arch!r} is none of {', '.join(PRESETS)}{did_you_mean(self.arch, PRESETS)}")
+        known = arguments_of(self.arch)
+        for name in self.options:
+            if name not in known:
+                meant = did_you_mean(name, known) or f": it has {', '.join(known)}"
+                raise ValueError(f"{self.arch} has no argument {name!r} (model.options.{name}){meant}")
+        return self
 
 
 class DataConfig(Settings):
@@ -317,9 +334,9 @@ class CascadeConfig(Settings):
 class EvaluateConfig(Settings):
     """Benchmarks by the published protocol."""
 
-    sets: dict[str, str] = Field(
+    sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2, or SelfExSR's), images, or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(
@@ -330,15 +347,15 @@ class EvaluateConfig(Settings):
     pictures: int = Field(2, ge=0, description="so many of the worst images, and of the best, as pictures per set")
     protocol: Protocol = Protocol()
 
-    def images(self, name: str, scale: int) -> list[BenchmarkImage]:
-        """A set's images at a scale. ValueError as `read_set`."""
-        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()))
+    def images(self, name: str, scale: int, passed_over: PassedOver | None = None) -> list[BenchmarkImage]:
+        """A set's images at a scale; `passed_over` counts what is none. ValueError as `read_set`."""
+        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()), passed_over)
 
 
 class RegistryConfig(Settings):
     """The MLflow model registry and the gate before `champion`."""
 
-    name: str = Field(description="registered model name; the scale is appended: NAME-x2")
+    name: ModelName = Field(description="registered model name; the scale is appended: NAME-x2")
     gate: GateConfig
     anchor: str | None = Field(
         None, description="models:/NAME/VERSION that gate.not_worse is asked about as well as the champion; null: none"
@@ -352,19 +369,24 @@ class Places(Settings):
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, dump: SerializerFunctionWrapHandler) -> Any:
+        """Whatever is stored or shown of it has no login in a URI; the object itself keeps what it was given."""
+        return redacted(dump(self))
+
 
 class Recipe(Places):
     """Everything about one run of the pipeline."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200)]
     seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
     model: ModelConfig
-    data: dict[str, DataConfig]
-    mixes: dict[str, tuple[MixPartConfig, ...]] = Field(
+    data: dict[Name, DataConfig]
+    mixes: dict[Name, tuple[MixPartConfig, ...]] = Field(
         default_factory=dict, description="name -> sets served together by shares, exactly and whatever the workers"
     )
-    phases: dict[str, PhaseConfig]
-    trainings: dict[str, TrainingConfig]
+    phases: dict[Name, PhaseConfig]
+    trainings: dict[Name, TrainingConfig]
     validation: ValidationConfig = ValidationConfig()
     cascade: CascadeConfig = CascadeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -423,23 +445,27 @@ def _check_references(recipe: Recipe) -> None:
         if training.phase not in recipe.phases:
             raise ValueError(
                 f"trainings.{name}.phase {training.phase!r} is not one of phases: {', '.join(recipe.phases)}"
+                f"{did_you_mean(training.phase, recipe.phases)}"
             )
         if training.init_from and training.init_from not in seen:
             raise ValueError(
                 f"trainings.{name}.init_from {training.init_from!r} is not an earlier training "
                 f"(earlier: {', '.join(seen) or 'none'}): a cascade starts each scale from one trained before it"
+                f"{did_you_mean(training.init_from, seen)}"
             )
         seen.append(name)
     for name in recipe.mixes:
         unknown = [data for data in recipe.data_of(name) if data not in recipe.data]
         if unknown:
-            raise ValueError(f"mixes.{name} asks for {unknown[0]!r}, not one of data: {', '.join(recipe.data)}")
+            known, meant = ", ".join(recipe.data), did_you_mean(unknown[0], recipe.data)
+            raise ValueError(f"mixes.{name} asks for {unknown[0]!r}, not one of data: {known}{meant}")
         if name in recipe.data:
             raise ValueError(f"{name!r} is in data and in mixes: give the mix another name")
     for name, phase in recipe.phases.items():
         if phase.data not in (*recipe.data, *recipe.mixes):
-            known = ", ".join((*recipe.data, *recipe.mixes))
-            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {known}")
+            known = (*recipe.data, *recipe.mixes)
+            meant = did_you_mean(phase.data, known)
+            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(known)}{meant}")
 
 
 def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
@@ -477,11 +503,13 @@ def _check_evaluation(recipe: Recipe) -> None:
     sets = recipe.evaluate.sets
     for name in recipe.evaluate.models:
         if name not in recipe.trainings:
-            raise ValueError(f"evaluate.models {name!r} is not one of trainings: {', '.join(recipe.trainings)}")
+            known, meant = ", ".join(recipe.trainings), did_you_mean(name, recipe.trainings)
+            raise ValueError(f"evaluate.models {name!r} is not one of trainings: {known}{meant}")
     for key in ("include", "degrade"):
         for name in getattr(recipe.evaluate, key):
             if name not in sets:
-                raise ValueError(f"evaluate.{key} {name!r} is not one of evaluate.sets: {', '.join(sets) or 'none'}")
+                known, meant = ", ".join(sets) or "none", did_you_mean(name, sets)
+                raise ValueError(f"evaluate.{key} {name!r} is not one of evaluate.sets: {known}{meant}")
     for name, steps in recipe.evaluate.degrade.items():
         for scale in recipe.scales_judged(name):
             try:
@@ -492,6 +520,7 @@ def _check_evaluation(recipe: Recipe) -> None:
         if name not in sets:
             raise ValueError(
                 f"registry.gate asks about {name!r}, not one of evaluate.sets: {', '.join(sets) or 'none'}"
+                f"{did_you_mean(name, sets)}"
             )
     if recipe.registry.gate.metric == "psnr_rgb" and not recipe.evaluate.protocol.rgb:
         raise ValueError("registry.gate.metric psnr_rgb is not measured: set evaluate.protocol.rgb=true")
@@ -506,14 +535,16 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 def _check_networks(recipe: Recipe) -> None:
     for training in {t.scale: t for t in recipe.trainings.values()}.values():
-        with torch.device("meta"):
-            network = build(recipe.model.arch, training.scale, **recipe.model.options)
+        try:
+            multiple = configure(recipe.model.arch, training.scale, **recipe.model.options).multiple
+        except ValueError as error:
+            raise ValueError(f"model.options: {error}") from error
         for name, phase in recipe.phases.items():
-            if phase.patch_px % network.multiple:
-                fitting = max(phase.patch_px // network.multiple, 1) * network.multiple
+            if phase.patch_px % multiple:
+                fitting = max(phase.patch_px // multiple, 1) * multiple
                 raise ValueError(
-                    f"phases.{name}.patch_px {phase.patch_px} is no multiple of the network's window "
-                    f"{network.multiple}: use {fitting}"
+                    f"phases.{name}.patch_px {phase.patch_px} is no multiple of the network's window {multiple}: "
+                    f"use {fitting}"
                 )
 
 
@@ -522,15 +553,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises ConfigError with one line per fault, each naming the key, the value and the remedy.
     """
-    return load_settings(Recipe, _find(path), overrides or [])
-
-
-def _find(path: str) -> Path:
-    for candidate in (Path(path), CONFIGS / "recipe" / f"{path}.yaml"):
-        if candidate.is_file():
-            return candidate
-    names = ", ".join(sorted(file.stem for file in (CONFIGS / "recipe").glob("[!_]*.yaml")))
-    raise ConfigError(f"recipe {path!r} is no file; give a path or one of: {names}")
+    return load_settings(Recipe, config_files.find(path, "recipe"), overrides or [])
 
 
 def tracking_uri(places: Places) -> str:
@@ -543,4 +566,5 @@ def tracking_uri(places: Places) -> str:
             f"tracking.uri is not set and storage.uri {places.storage.uri!r} is not a local folder: "
             f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{storage.normalise(places.storage.uri)}/mlflow.db"
+    folder = storage.normalise(places.storage.uri)
+    return f"sqlite:///{folder.replace('%', '%25').replace('?', '%3F')}/mlflow.db"  # as SQLAlchemy spells a path

@@ -6,7 +6,8 @@ from rich.console import Console
 
 from model.export import export_onnx, require_onnx, save_program
 from pipeline.progress import Display
-from pipeline.upscale import Source, open_network, refuse_below_a_file
+from pipeline.upscale import Source, open_network
+from pipeline.upscale_files import refuse_below_a_file
 
 
 def export(source: Source, target: str, console: Console) -> str:

@@ -10,6 +10,7 @@ from model import build
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe, digest_of
+from pipeline.suggest import did_you_mean
 
 Kind = Literal["shard", "mix", "train", "cascade", "evaluate", "register", "promote"]
 
@@ -161,10 +162,9 @@ def select(stages: list[Stage], names: list[str] | None, first: str | None, last
 def _named(stages: list[Stage], name: str) -> list[Stage]:
     found = [stage for stage in stages if name in (stage.name, stage.group)]
     if not found:
-        groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
-        raise ValueError(
-            f"stage {name!r} is unknown; groups: {groups}; stages: {', '.join(stage.name for stage in stages)}"
-        )
+        groups, names = list(dict.fromkeys(stage.group for stage in stages)), [stage.name for stage in stages]
+        meant = did_you_mean(name, [*groups, *names])
+        raise ValueError(f"stage {name!r} is unknown{meant}; groups: {', '.join(groups)}; stages: {', '.join(names)}")
     return found
 
 

@@ -16,12 +16,16 @@ import functools  # noqa: E402
 import tempfile  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
+from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
+from data_prep.layouts import training_items  # noqa: E402
 from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
+from pipeline.benchmark import set_fingerprint  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
+from pipeline.errors import describe_os_error  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
 from pipeline.objective import check_backbones  # noqa: E402
 from pipeline.plan import Outside, Planned, Stage  # noqa: E402
@@ -48,11 +52,11 @@ def survey(recipe: Recipe) -> Outside:
             recipe.evaluate.images(name, scale)
     return Outside(
         {
-            name: sources.fingerprint(sources.iter_items(data.source, list(data.include), list(data.exclude)))
+            name: sources.fingerprint(training_items(data.source, list(data.include), list(data.exclude)))
             for name, data in used.items()
         },
         {
-            name: sources.fingerprint(sources.iter_items(uri, list(recipe.evaluate.include.get(name, ()))))
+            name: set_fingerprint(uri, recipe.evaluate.include.get(name, ()))
             for name, uri in recipe.evaluate.sets.items()
         },
         cascade.check_published(recipe),
@@ -108,14 +112,16 @@ def run(
         else:
             artifacts = {entry.stage.name: entry.artifact for entry in planned if entry.artifact}
             console.print(f"{len(artifacts)} of {len(found)} stages are done, nothing to run", highlight=False)
+        if tracker.parent_id is not None:
+            tracker.finish(tracker.parent_id)
+        elif len(artifacts) == len(found):
+            tracker.finish_left()
     except BaseException as error:
         if tracker.parent_id is not None:
             tracker.abandon(tracker.parent_id, error)
+        if isinstance(error, MlflowException):
+            raise tracker.refusal(tracker.parent_id, error) from error
         raise
-    if tracker.parent_id is not None:
-        tracker.finish(tracker.parent_id)
-    elif len(artifacts) == len(found):
-        tracker.finish_left()
     _conclude(recipe, artifacts, tracker, console)
     return artifacts
 
@@ -174,6 +180,10 @@ def _run_stage(
             return stages.RUN[stage.kind](work)
     except BaseException as error:
         tracker.abandon(run_id, error)
+        if isinstance(error, MlflowException):
+            raise tracker.refusal(run_id, error) from error
+        if isinstance(error, OSError):
+            raise ValueError(describe_os_error(error, f"stage {stage.name}")) from error
         raise
 
 

@@ -12,6 +12,7 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from data_prep import storage
+from data_prep.image_files import PassedOver
 from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
@@ -35,7 +36,7 @@ from pipeline.validate import ImagePair, read_best
 
 SAFETENSORS, PTH = "weights.safetensors", "weights.pth"
 RESULTS = "results.json"
-_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s", "validation_psnr_y": "validation {:.2f} dB"}
+_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s"}
 
 
 @dataclass
@@ -88,6 +89,7 @@ def run_shard(work: Work) -> Artifact:
         include=list(data.include),
         exclude=list(data.exclude),
         progress=lambda done, total: work.display.update(done, total, "shards"),
+        say=lambda text: work.display.say(f"      {text}"),
     )
     index = work.folder / INDEX_NAME
     storage.download(storage.join(work.place, INDEX_NAME), index)
@@ -194,10 +196,19 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         if metrics := record.get("metrics", {}):
             last.update(metrics)
             work.tracker.log_metrics(work.run_id, metrics, step)
+            if looked := _validation_of(metrics):
+                work.display.say(f"{say}step {step}, {looked}")
+                return
             note = ", ".join(pattern.format(metrics[key]) for key, pattern in _NOTED.items() if key in metrics)
             work.display.update(step, steps, "steps", note)
 
     return handle
+
+
+def _validation_of(metrics: dict[str, float]) -> str:
+    """What a validation found, in words; empty for metrics of none. It is said by itself: a bar would pass over it."""
+    shown = {"validation_psnr_y": "validation {:.3f} dB", "validation_ssim_y": "SSIM {:.4f}"}
+    return ", ".join(pattern.format(metrics[key]) for key, pattern in shown.items() if key in metrics)
 
 
 def _export(weights: dict[str, torch.Tensor], work: Work, scale: int, lineage: dict[str, str]) -> dict[str, Path]:
@@ -244,7 +255,10 @@ def run_evaluate(work: Work) -> Artifact:
         path = artifacts.fetch(trained, PTH, work.folder)
         weights, archs[name] = Weights.put(path.read_bytes(), load_options(work.recipe)), preset_of(read_weights(path))
         for set_name in asked.sets:
-            images = asked.images(set_name, scale)
+            passed_over = PassedOver()
+            images = asked.images(set_name, scale, passed_over)
+            if said := passed_over.describe():
+                work.display.say(f"      {set_name}: {said}")
             judged = evaluate(name, scale, weights, set_name, images, asked.protocol)
             results.append(judged.result)
             shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)

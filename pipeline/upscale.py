@@ -3,26 +3,42 @@
 Weights and targets are checked before any work. A broken image in a folder is named and passed over.
 """
 
+import errno
 import math
-import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from rich.console import Console
 
-from data_prep import jpeg, jpeg_header, jpeg_scans
+from data_prep.image import whole
+from data_prep.image_files import PassedOver
 from model import load
+from model.alpha import has_alpha
 from model.blocks import NUM_FEAT, UpscalingNetwork
+from model.files import WriteError
 from model.inference import upscale
-from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
+from model.picture import (
+    Picture,
+    read_picture,
+    refuse_size,
+    refuse_what_it_cannot_hold,
+    write_picture,
+)
 from model.precision import resolve_precision
-from model.tiles import Tiler, smallest_tile
+from model.tiles import Progress, Tiler, smallest_tile
+from pipeline import device_workers
+from pipeline.devices import choose
 from pipeline.progress import Display
+from pipeline.upscale_files import Job, Naming, plan, refuse_quality, without_finished
+from pipeline.upscale_image import Wanted, enlarge
 
 BODY_TENSORS = {"hat": 13, "hmanet": 40, "hat_unet": 20}
 HEAD_TENSORS = 3
@@ -36,6 +52,8 @@ MEMORY_SHARE = 0.6
 """Of the memory that the result leaves free, for the network."""
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux tells a container (version 2) of its limits."""
+NOTHING_CAN_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What says of the whole disk, not of one file, that it takes no more."""
 KINDS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
 
 
@@ -69,54 +87,48 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image file and where its result goes."""
+class Task:
+    """What the command is asked to do."""
 
-    source: Path
-    target: Path
+    images: str
+    """An image, or a folder of images."""
+    target: str
+    network: Source
+    naming: Naming = field(default_factory=Naming)
+    wanted: Wanted = field(default_factory=Wanted)
+    options: Options = field(default_factory=Options)
+    device: str = "auto"
+    """See `pipeline.devices.choose`."""
+    skip_existing: bool = False
 
 
-def plan(source: str, target: str) -> list[Job]:
-    """The files to work on. ValueError for a source that is missing or empty, and for a target that cannot be.
+def carry_out(task: Task, console: Console) -> list[str]:
+    """Upscale an image or a folder; returns what went wrong with which image. ValueError where a single one failed.
 
-    A folder's images keep their names and places below the target; a single one may be given a folder, too.
+    What cannot be, or is passed over, is said before any work.
     """
-    into = Path(target)
-    if Path(source).is_dir():
-        if into.exists() and not into.is_dir():
-            raise ValueError(f"{target} is a file: name a folder for the images of {source}")
-        found = [path for path in sorted(Path(source).rglob("*")) if path.suffix.lower() in FORMATS and path.is_file()]
-        jobs = [Job(path, into / path.relative_to(source)) for path in found if not _is_below(path, into, source)]
-        if not jobs:
-            raise ValueError(f"{source} holds no images: their names end in {', '.join(FORMATS)}")
-    elif Path(source).is_file():
-        is_folder = into.is_dir() or target.endswith(os.sep)
-        jobs = [Job(Path(source), into / Path(source).name if is_folder else into)]
-        check_target(jobs[0].target)
-    else:
-        raise ValueError(f"{source} does not exist: name an image or a folder of images")
-    refuse_below_a_file(into)
-    for job in jobs:
-        if job.target.resolve() == job.source.resolve():
-            raise ValueError(f"{target} would overwrite {job.source}: name another place for the result")
-    return jobs
+    passed_over = PassedOver()
+    planned = plan(task.images, task.target, task.naming, passed_over)
+    refuse_quality(planned.jobs, task.wanted)
+    devices = choose(task.device)[: max(len(planned.jobs), 1)]
+    display = Display(console)
+    for note in (passed_over.describe(), *planned.notes):
+        if note:
+            display.say(f"{task.images}: {note}")
+    jobs = planned.jobs
+    if jobs:
+        network, name = open_network(task.network, devices[0] if len(devices) == 1 else torch.device("cpu"))
+    if jobs and task.skip_existing:
+        jobs, notes = without_finished(jobs, task.wanted, network.scale)
+        for note in notes:
+            display.say(f"{task.target}: {note}")
+    if not jobs:
+        return planned.problems
+    return planned.problems + run(jobs, network, name, task.options, console, task.wanted, devices)
 
 
-def refuse_below_a_file(target: Path) -> None:
-    """ValueError where a folder that the target needs is a file."""
-    for folder in target.parents:
-        if folder.is_file():
-            raise ValueError(f"{target} cannot be written: {folder} is a file, no folder")
-
-
-def _is_below(path: Path, target: Path, source: str) -> bool:
-    """Whether an image lies in a target folder inside the source: the result of an earlier run."""
-    inside = target.resolve() != Path(source).resolve()
-    return inside and path.resolve().is_relative_to(target.resolve())
-
-
-def open_network(source: Source) -> tuple[UpscalingNetwork, str]:
-    """The network in eval mode on the best device, and what it is. ValueError where it cannot be had."""
+def open_network(source: Source, device: torch.device | None = None) -> tuple[UpscalingNetwork, str]:
+    """The network in eval mode on a device, the best by default, and what it is. ValueError where it cannot be had."""
     if source.weights and source.model:
         raise ValueError("--weights and --model are two networks: give one of them")
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
@@ -127,7 +139,7 @@ def open_network(source: Source) -> tuple[UpscalingNetwork, str]:
         raise ValueError(
             f"{name} upscales by {network.scale}, not by --scale {source.scale}: leave it out, or choose others"
         )
-    return network.to("cuda" if torch.cuda.is_available() else "cpu"), name
+    return network.to(device or choose()[0]), name
 
 
 def _weights(source: Source, folder: Path) -> tuple[str, Path, dict[str, Any]]:
@@ -147,65 +159,135 @@ def _weights(source: Source, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     return uri, *registry.fetch_model(client, uri, folder)
 
 
-def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Options, console: Console) -> list[str]:
+def run(
+    jobs: Sequence[Job],
+    network: UpscalingNetwork,
+    name: str,
+    options: Options,
+    console: Console,
+    wanted: Wanted | None = None,
+    devices: Sequence[torch.device] = (),
+) -> list[str]:
     """Upscale every image; returns what went wrong with which. A single image's error is raised instead.
 
-    ValueError for options that cannot be, before any work.
+    With several `devices` images are shared by as many processes, and `network` is on the CPU; else it is where it
+    works. ValueError for options that cannot be, before any work, and where no more can be written.
     """
-    device = network.conv_first.weight.device
-    precision = resolve_precision(options.precision, device)
+    wanted = wanted or Wanted()
+    devices = list(devices)[: len(jobs)] or [network.conv_first.weight.device]
+    precision = resolve_precision(options.precision, devices[0])
     Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
+    with Display(console) as display:
+        display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {', '.join(map(_called, devices))}")
+        if len(devices) == 1:
+            return _run_here(jobs, network, options, wanted, display)
+        return _run_shared(jobs, network, options, wanted, devices, display)
+
+
+def _called(device: torch.device) -> str:
+    """A device as the first line has it: the only GPU, or the CPU, by its kind alone."""
+    return str(device) if device.index else device.type
+
+
+def _run_here(
+    jobs: Sequence[Job], network: UpscalingNetwork, options: Options, wanted: Wanted, display: Display
+) -> list[str]:
+    """One image after the other in this process, with the progress of each."""
+    problems: list[str] = []
     if options.compile:
         network.compile(dynamic=False)
-    problems = []
-    with Display(console) as display:
-        display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {device.type}")
-        for number, job in enumerate(jobs, start=1):
-            display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
-            try:
-                display.end_stage(_upscale(job, network, options, display))
-            except (ValueError, MemoryError, OSError) as error:
-                if len(jobs) == 1:
-                    raise
-                display.end_stage("failed")
-                problems.append(_named(job, error))
+
+    def progress(done: int, total: int) -> None:
+        if total > 1:
+            display.update(done, total, "tiles")
+
+    for number, job in enumerate(jobs, start=1):
+        display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
+        try:
+            done = _upscale(job, network, options, wanted, display.say, progress)
+            display.end_stage(done)
+        except (ValueError, MemoryError, OSError) as error:
+            if len(jobs) == 1:
+                raise
+            display.end_stage("failed")
+            _refuse_to_go_on(error, number - 1 - len(problems), len(jobs))
+            problems.append(_named(job, error))
     return problems
 
 
-def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
-    """One image; returns what it was and became."""
-    picture = read_picture(job.source)
-    _refuse_cut_off(job.source)
-    check_target(job.target, picture, network.scale)
+def _run_shared(
+    jobs: Sequence[Job],
+    network: UpscalingNetwork,
+    options: Options,
+    wanted: Wanted,
+    devices: Sequence[torch.device],
+    display: Display,
+) -> list[str]:
+    """A process for each device; what is said of each image comes in their order."""
+    problems: list[str] = []
+    results = device_workers.in_order(jobs, devices, network, partial(_upscale_there, options, wanted))
+    with closing(results):
+        for number, (job, result, device) in enumerate(results, start=1):
+            display.say(f"[{number}/{len(jobs)}] {job.source.name}: -> {job.target}")
+            if not isinstance(result, Exception):
+                display.say(f"      {job.source.name}: done on {device}: {result}")
+                continue
+            if not isinstance(result, (ValueError, MemoryError, OSError)):
+                raise result
+            display.say(f"      {job.source.name}: failed on {device}")
+            _refuse_to_go_on(result, number - 1 - len(problems), len(jobs))
+            problems.append(_named(job, result))
+    return problems
 
+
+def _upscale_there(options: Options, wanted: Wanted, network: UpscalingNetwork, job: Job) -> str:
+    """In a device's process: one image."""
+    if options.compile and network._compiled_call_impl is None:
+        network.compile(dynamic=False)
+    return _upscale(job, network, options, wanted, lambda text: None, lambda done, total: None)
+
+
+def _refuse_to_go_on(error: Exception, done: int, count: int) -> None:
+    """ValueError where no further image could be written either."""
+    if isinstance(error, WriteError) and error.errno in NOTHING_CAN_BE_WRITTEN:
+        raise ValueError(
+            f"{error}; {done} of {count} images are done, and the same command with --skip-existing goes on from there"
+        ) from error
+
+
+def _upscale(
+    job: Job,
+    network: UpscalingNetwork,
+    options: Options,
+    wanted: Wanted,
+    say: Callable[[str], None],
+    progress: Progress,
+) -> str:
+    """One image; returns what it was and became."""
+    picture = read_picture(job.source, whole)
+    if picture.num_pictures > 1:
+        say(f"      {job.source.name}: the first of its {picture.num_pictures} pictures")
     size = picture.pixels.shape[:2]
+    has_result_alpha = has_alpha(picture.pixels.shape[2]) and wanted.alpha != "drop"
+    refuse_what_it_cannot_hold(job.target, picture.pixels.dtype == np.uint16, has_result_alpha)
+    refuse_size(job.target, *wanted.size(size, network.scale))
+
     overlap = Tiler(network, overlap=options.overlap).overlap
     tile = options.tile
     if tile is None:
         result_bytes = output_bytes(network.scale, picture.pixels.shape, options.ensemble)
         tile = fitting_tile(network, size, overlap, _free_bytes(network), result_bytes)
     if tile and max(size) > tile:
-        display.say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
-
-    def progress(done: int, total: int) -> None:
-        if total > 1:
-            display.update(done, total, "tiles")
+        say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
 
     how = {name: value for name, value in asdict(options).items() if name != "compile"}
-    pixels = upscale(network, picture.pixels, **(how | {"tile": tile}), progress=progress)
-    write_picture(job.target, Picture(pixels, picture.profile))
+    by_network = partial(upscale, network, **(how | {"tile": tile}), progress=progress)
+    pixels = enlarge(picture.pixels, by_network, network.scale, wanted)
+    lost = write_picture(job.target, Picture(pixels, picture.profile, picture.metadata), wanted.quality)
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
     tiles = f", tiles of {tile} px" if tile else ""
-    return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
-
-
-def _refuse_cut_off(path: Path) -> None:
-    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray."""
-    data = path.read_bytes()
-    header = jpeg_header.parse(data)
-    is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
-    if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
-        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
+    without = f"; without {', '.join(lost)}" if lost else ""
+    return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}{without}"
 
 
 def fitting_tile(

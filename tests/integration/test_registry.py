@@ -1,6 +1,7 @@
 """Registration and the gate on a real MLflow store (SQLite): who becomes champion, and why."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -328,14 +329,21 @@ def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
     store.client.create_registered_model("empty")
     for uri, words in {
         "models:/other@champion": "no registered model 'other'; registered are: empty, m-x2",
-        "models:/m-x2@champion": "no version called champion: promote one",
-        "models:/m-x2/9": "has no version 9, its newest is 1",
+        "models:/m-x2@champion": r"no version called champion: promote one, .*; it has candidate \(version 1\)",
+        "models:/m-x2@candidat": r"called candidat: did you mean candidate\?; it has candidate \(version 1\)",
+        "models:/m-x22@champion": r"no registered model 'm-x22'; registered are: empty, m-x2: did you mean m-x2\?",
+        "models:/m-x2/9": "has no version 9, its newest is 1; there are 1",
         "models:/empty/1": "empty has no version 1, nor any other: register one",
         "models:/empty@candidate": "empty has no version called candidate: register one, or name a version by number",
         "models:/m-x2": "not of the form",
     }.items():
         with pytest.raises(ValueError, match=words):
             registry.resolve(store.client, uri)
+        with pytest.raises(ValueError, match=words.replace("not of the form", "is no registered model")):
+            registry.fetch_model(store.client, uri, store.weights.parent)
+    shutil.rmtree(store.weights.parent / "artifacts")
+    with pytest.raises(ValueError, match=r"^models:/m-x2/1 cannot be had: [^\n]*$"):
+        registry.fetch_model(store.client, "models:/m-x2/1", store.weights.parent)
     with pytest.raises(ValueError, match="carries no lineage"):
         registry.fetch(registry.resolve(store.client, "models:/m-x2/1"), "lineage.json", store.weights.parent)
     with pytest.raises(ValueError, match="no previous champion to go back to"):

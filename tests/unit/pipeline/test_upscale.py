@@ -176,7 +176,7 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
         (["--model", "models:/m@champion"], "no MLflow store"),
         (["--model", "m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "write models:/NAME@champion"),
         (["--scale", "2", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "holds no champion for x2"),
-        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "cannot be had"),
+        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "registered are: none yet"),
     ):
         code, _, err = hatchery("upscale", "in.png", "out.png", *arguments)
         assert (code, message in err) == (2, True), err
@@ -186,7 +186,7 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("place", ["in.png/out.png", "in.png/sub/out.png"])
 def test_a_place_that_cannot_be_is_one_line_from_any_command(place, hatchery, weights, tmp_path, monkeypatch) -> None:
     """Whatever the early check does not see, such as a file made meanwhile."""
-    monkeypatch.setattr("pipeline.upscale._refuse_below_a_file", lambda target: None)
+    monkeypatch.setattr("pipeline.upscale_files.refuse_below_a_file", lambda target: None)
     write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
     code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / place, "--weights", weights)
     assert (code, err.count("\n")) == (2, 1)
