@@ -15,7 +15,7 @@ help: ## list the targets
 
 setup: $(VENV)/.ready ## make .venv and install the locked dependencies
 
-$(VENV)/.ready: pyproject.toml requirements.txt tests/requirements.txt infra/lock.py
+$(VENV)/.ready: pyproject.toml requirements.txt tests/requirements.txt infra/torch-builds.txt infra/lock.py
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.14 with venv was found: install one (Debian: python3 and python3-venv), or set PYTHON=..." >&2; exit 2; }
 	@test -x $(BIN)/python || command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not installed" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -4,10 +4,10 @@
     python infra/lock.py check                  # does it resolve for every supported Python?
     python infra/lock.py install [--extra NAME ...]
 
-Every file that `install` takes is checked by the hashes in the lock. torch comes first, since there are several builds
-of one version: what only PyPI's CUDA build needs (3 GB) is left out where another one is installed. A torch of the
-locked version that lies in the environment already is kept, so that any build can be used (CPU only, ROCm). DeepSpeed
-comes as source; pip builds it with tools that it takes from the index by name.
+Every file that `install` takes is checked by a hash. torch comes first, since there are several builds of one version:
+one of `torch-builds.txt` where pip finds it, else PyPI's. What only PyPI's CUDA build needs (3 GB) is left out where
+another one is installed. A torch of the locked version that lies in the environment already is kept, so that any build
+can be used (CPU only, ROCm). DeepSpeed comes as source; pip builds it with tools that it takes from the index by name.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.txt"
+TORCH_BUILDS = ROOT / "infra" / "torch-builds.txt"
+"""Builds of the locked torch that come before PyPI's, which pip would prefer if their hashes were listed together."""
 WITHOUT_DEPENDENCIES = ROOT / "tests" / "requirements.txt"
 """What tests need but must not bring its dependencies along."""
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -33,12 +35,8 @@ SOURCE_ONLY = ("deepspeed",)
 HEADER = """\
 # Every version this project is tested with, for Python 3.11 to 3.14, by hash.
 # Installed by: make setup. Renewed by: make lock. Checked by: make check-lock.
-# torch may be one of several builds: beside those of PyPI, the CPU build for Python 3.11 on x86_64 is listed.
+# torch is PyPI's here; infra/torch-builds.txt lists other builds that are taken where pip finds them.
 """
-OTHER_BUILDS = {
-    "torch==2.13.0": ("6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",),  # +cpu, cp311, x86_64
-}
-"""Hashes of builds that PyPI does not have, by pin."""
 
 
 @dataclass
@@ -110,21 +108,31 @@ def all_extras() -> list[str]:
     return list(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 
 
-def pip_install(*arguments: str) -> None:
-    """Run `pip install` in this environment; ends the program with pip's exit code where it fails."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    code = subprocess.run(command, cwd=ROOT).returncode
-    if code:
-        sys.exit(code)
+def pip_install(*arguments: str, must: bool = True) -> bool:
+    """Run `pip install` in this environment; where it fails, False, or the program's end if it `must` not."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stderr=None if must else subprocess.DEVNULL)
+    if must and done.returncode:
+        sys.exit(done.returncode)
+    return done.returncode == 0
 
 
-def install_locked(entries: Collection[Entry], *arguments: str) -> None:
+def install_locked(entries: Collection[Entry], *arguments: str, must: bool = True) -> bool:
     """Install these entries, every file checked by its hash."""
-    if entries:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write(text_of(entries))
-            file.flush()
-            pip_install("--require-hashes", *arguments, "--requirement", file.name)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(text_of(entries))
+        file.flush()
+        return pip_install("--require-hashes", *arguments, "--requirement", file.name, must=must)
+
+
+def install_torch(entry: Entry) -> None:
+    """The locked version of torch in one of its builds, unless there is one."""
+    builds = parse(TORCH_BUILDS.read_text()).values()
+    found = {distribution.version for distribution in importlib.metadata.distributions(name="torch")}
+    if entry.pin.partition("==")[2] in {version.partition("+")[0] for version in found}:
+        return
+    if not any(install_locked([build], "--no-deps", must=False) for build in builds):
+        install_locked([entry], "--no-deps")
 
 
 def installed_torch_needs() -> set[str]:
@@ -137,10 +145,11 @@ def installed_torch_needs() -> set[str]:
 def install(extras: Collection[str]) -> None:
     """The project, editable, with what it and these extras need."""
     entries = parse(LOCK.read_text())
-    install_locked([entries["torch"]], "--no-deps")
+    install_torch(entries["torch"])
     install_locked(closure(entries, wanted(extras), installed_torch_needs()))
-    if "dev" in extras and WITHOUT_DEPENDENCIES.exists():
-        install_locked(parse(WITHOUT_DEPENDENCIES.read_text()).values(), "--no-deps")
+    alone = parse(WITHOUT_DEPENDENCIES.read_text()).values() if "dev" in extras else ()
+    if alone:
+        install_locked(alone, "--no-deps")
     pip_install("--no-deps", "--no-build-isolation", "--editable", ".")
 
 
@@ -160,16 +169,6 @@ def compile_arguments(python: str) -> list[str]:
     return ["pip", "compile", "pyproject.toml", *extras, "--python-version", python, "--generate-hashes", "--no-header"]
 
 
-def with_other_builds(text: str) -> str:
-    """The text of a lock with the hashes of builds that PyPI does not have."""
-    for pin, hashes in OTHER_BUILDS.items():
-        extra = "\\g<0>" + "".join(f"    --hash=sha256:{value} \\\\\n" for value in hashes)
-        text, count = re.subn(rf"(?m)^{re.escape(pin)}( ;[^\\\n]*)? \\\n", extra, text)
-        if not count:
-            sys.exit(f"{pin} is not in the lock: give its other builds' hashes anew in infra/lock.py")
-    return text
-
-
 def renew(upgrade: bool) -> None:
     """Write the lock anew; versions that still fit are kept unless `upgrade`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +178,7 @@ def renew(upgrade: bool) -> None:
         done = uv(*compile_arguments(PYTHONS[0]), "--universal", "--quiet", "--output-file", str(new))
         if done.returncode:
             sys.exit(done.stderr)
-        LOCK.write_text(HEADER + with_other_builds(new.read_text()))
+        LOCK.write_text(HEADER + new.read_text())
 
 
 def faults(python: str) -> list[str]:
@@ -193,8 +192,7 @@ def faults(python: str) -> list[str]:
     found = []
     for entry in parse(resolved.stdout).values():
         listed = locked.get(entry.name, Entry(entry.name, "nothing"))
-        known = entry.hashes | set(OTHER_BUILDS.get(entry.pin, ()))
-        if listed.pin != entry.pin or not listed.hashes or listed.hashes - known:
+        if listed.pin != entry.pin or not listed.hashes or listed.hashes - entry.hashes:
             found.append(f"Python {python}: {entry.pin} is needed; the lock lacks it, or its hashes: run make lock")
     return found
 

@@ -45,8 +45,9 @@ def test_every_pin_has_hashes_and_every_requirement_a_pin() -> None:
         assert re.fullmatch(r"[a-zA-Z0-9._-]+==[^ ]+", entry.pin)
         assert entry.hashes, entry.name
     assert lock.wanted(lock.all_extras()) <= entries.keys()
-    for pin, hashes in lock.OTHER_BUILDS.items():
-        assert set(hashes) <= entries[lock.canonical(pin)].hashes
+    (build,) = lock.parse(lock.TORCH_BUILDS.read_text()).values()
+    assert build.hashes
+    assert build.pin.partition("+")[0] == entries["torch"].pin
 
 
 def test_the_supported_pythons_are_those_of_the_project_and_of_make() -> None:
@@ -84,15 +85,6 @@ def test_cpu_torch_takes_no_cuda_of_the_real_lock() -> None:
     assert {"ray", "deepspeed", "mlflow", "scikit-image", "setuptools"} <= slim
 
 
-def test_other_builds_are_listed_beside_those_of_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "OTHER_BUILDS", {"torch==2.13.0": ("ff", "fe")})
-    lines = lock.parse(lock.with_other_builds(SMALL))["torch"].lines
-    assert [line.strip(" \\") for line in lines[1:]] == [f"--hash=sha256:{value}" for value in ("ff", "fe", "aa")]
-    monkeypatch.setattr(lock, "OTHER_BUILDS", {"torch==2.14.0": ("ff",)})
-    with pytest.raises(SystemExit, match=r"torch==2\.14\.0 is not in the lock"):
-        lock.with_other_builds(SMALL)
-
-
 def wheel(folder: Path, name: str, version: str, needs: tuple[str, ...] = ()) -> str:
     """A real wheel with nothing but metadata; its sha256."""
     path, info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
@@ -119,7 +111,8 @@ def project(tmp_path: Path) -> Path:
     pins = {"torch": "2.13.0", "filelock": "1.0", "nvidia-cublas": "13.1"}
     needs = {"torch": "hatchery (pyproject.toml)"}
     text = [
-        f"{name}=={pin} \\\n    --hash=sha256:{hashes[name]}\n    # via {needs.get(name, 'torch')}\n"
+        f"{name}=={pin} \\\n    --hash=sha256:{'00' if name == 'torch' else hashes[name]}\n"
+        f"    # via {needs.get(name, 'torch')}\n"
         for name, pin in pins.items()
     ]
     (tmp_path / "requirements.txt").write_text("".join(text))
@@ -128,8 +121,12 @@ def project(tmp_path: Path) -> Path:
         '[project]\nname = "made"\nversion = "1"\ndependencies = ["torch"]\n'
         "[project.optional-dependencies]\ndev = []\n[tool.setuptools]\npackages = []\n"
     )
-    (tmp_path / "infra").mkdir()
+    for folder in ("infra", "tests"):
+        (tmp_path / folder).mkdir()
     shutil.copy(ROOT / "infra" / "lock.py", tmp_path / "infra")
+    build = f"torch==2.13.0+cpu \\\n    --hash=sha256:{hashes['torch']}\n"
+    (tmp_path / "infra" / "torch-builds.txt").write_text(build)
+    (tmp_path / "tests" / "requirements.txt").write_text("# none\n")
     return tmp_path
 
 
