@@ -225,14 +225,21 @@ class PhaseConfig(Settings):
     """One kind of training: optimizer, schedule, batch. Several stages share a phase."""
 
     data: str = Field(description="name of the set in `data`, or of the mix in `mixes`, to train on")
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; null: minutes says how long")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="instead of steps: as many as fit, measured until the first milestone, then fixed (pipeline.budget)",
+    )
     global_batch: int = Field(32, ge=1, description="samples per optimizer step over all processes")
     patch_px: int = Field(64, ge=8, description="side of the square low-resolution crop")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's moments")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty added to the gradient, as in torch.optim.Adam")
-    milestones: tuple[int, ...] = Field((), description="steps at which the learning rate is multiplied by gamma")
-    gamma: float = Field(0.5, gt=0, le=1)
+    milestones: tuple[int | float, ...] = Field(
+        (), description="steps, or shares of them between 0 and 1, at which the learning rate is multiplied by gamma"
+    )
+    gamma: float = Field(0.5, gt=0, le=1, description="factor on the learning rate at each milestone")
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise; needed after start: bicubic")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights")
     loss: Literal["l1", "l2", "charbonnier"] = "l1"
@@ -274,7 +281,45 @@ class PhaseConfig(Settings):
             left_out["adversarial"] = True
         if self.degradation == "bicubic":
             left_out["degradation"] = True  # the only one there was: trainings from before the key still count
+        if self.minutes is None:
+            left_out["minutes"] = True
         return self.model_dump(mode="json", exclude=left_out)
+
+    def milestones_of(self, steps: int | None) -> list[float]:
+        """The milestones in steps of a training of `steps`; without shares while that is not known."""
+        return [at if isinstance(at, int) else at * steps for at in self.milestones if isinstance(at, int) or steps]
+
+    @property
+    def first_milestone_share(self) -> float:
+        """The share of a training with minutes after which its steps must be known: then its rate first falls."""
+        return float(self.milestones[0]) if self.milestones else 1.0
+
+    @property
+    def length(self) -> str:
+        """How long the training is, in words."""
+        return f"{self.steps} steps" if self.steps else f"{self.minutes:g} minutes"
+
+    @field_validator("milestones")
+    @classmethod
+    def _whole_steps(cls, milestones: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        found = tuple(int(at) if isinstance(at, float) and at.is_integer() and at else at for at in milestones)
+        wrong = [at for at in found if isinstance(at, float) and not 0 < at < 1]
+        if wrong:
+            raise ValueError(f"{wrong[0]:g} is no step and no share between 0 and 1: use one of them")
+        if len({type(at) for at in found}) > 1:
+            raise ValueError(f"{list(found)} mixes steps with shares of them: use one kind")
+        return found
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "PhaseConfig":
+        if (self.steps is None) == (self.minutes is None):
+            given = "exclude one another: set one of them to null" if self.steps else "are both missing: give one"
+            raise ValueError(f"steps and minutes {given}")
+        if self.minutes is not None and any(isinstance(at, int) for at in self.milestones):
+            raise ValueError(
+                f"milestones {list(self.milestones)} must be shares such as 0.6: minutes have no steps yet"
+            )
+        return self
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> "PhaseConfig":

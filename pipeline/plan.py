@@ -28,6 +28,9 @@ class Stage:
     inputs: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    """Of a training whose phase says so; one with minutes finds out."""
+    length: str = ""
+    """Of a training, in words."""
 
     def fingerprint(self, digests: dict[str, str]) -> str:
         """sha256 over kind, code version, config and the digests of the inputs."""
@@ -129,7 +132,7 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
         config["best"] = chooser | {"set": gate.validation_set, "metric": gate.validation_metric}
         if steps := recipe.evaluate.degrade.get(gate.validation_set):
             config["best"]["degrade"] = [step.model_dump(mode="json") for step in steps]
-    stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps))
+    stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps or 0, phase.length))
     return stages
 
 

@@ -88,7 +88,7 @@ def dry_run(recipe: Recipe, choice: Choice, console: Console) -> None:
 
 def _plan_line(entry: Planned, width: int) -> str:
     what = {"done": "done", "run": "run ", "skip": "not selected"}[entry.action]
-    steps = f"  {entry.stage.steps} steps" if entry.stage.steps else ""
+    steps = f"  {entry.stage.length}" if entry.stage.length else ""
     after = f"  after {', '.join(entry.stage.inputs)}" if entry.stage.inputs and not entry.artifact else ""
     where = f"  {entry.artifact.uri}" if entry.artifact else ""
     return f"{entry.stage.name:{width}}  {what}{steps}{where}{after}"
@@ -149,7 +149,7 @@ def _run_stages(
         if artifact is not None:
             display.say(f"[{number}/{len(found)}] {stage.name}: done before")
         elif stage.name in chosen:
-            what = f"{stage.steps} steps" if stage.steps else stage.kind
+            what = stage.length or stage.kind
             display.begin_stage(number, len(found), stage.name, what)
             lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
             # recipes share sets of shards: one makes them, the others wait and take them; of other stages one refuses

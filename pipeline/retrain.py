@@ -287,7 +287,7 @@ def dry_run(domain: DomainConfig, console: Console, now: bool = False) -> None:
     planned = _plan(domain, ledger, client, now, say)
     if planned is not None:
         recipe = round_recipe(domain, ledger, client, planned[0], say)
-        say(f"{domain.name}: a call would train {recipe.phases[PHASE].steps} steps, judge and gate")
+        say(f"{domain.name}: a call would train {recipe.phases[PHASE].length}, judge and gate")
 
 
 def _speaker(console: Console) -> Callable[[str], None]:

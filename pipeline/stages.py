@@ -151,9 +151,9 @@ def run_train(work: Work) -> Artifact:
         checkpoints_uri=storage.join(work.place, "checkpoints"),
     )
     last: dict[str, float] = {}
-    saved = run_training(job, _training_records(work, phase.steps, last), _validation_images(work, training.scale))
+    saved = run_training(job, _training_records(work, last), _validation_images(work, training.scale))
     lineage = {"trained_on": shards.digest, "started_from": starts[0].digest if starts else training.start}
-    info: dict[str, Any] = {"scale": training.scale, "steps": phase.steps, **last}
+    info: dict[str, Any] = {"scale": training.scale, "steps": checkpoint.steps_of(saved), **last}
     best = read_best(storage.join(job.checkpoints_uri, "best"), work.folder) if job.validation.every else None
     weights = checkpoint.ema_weights(saved)
     if best is not None:
@@ -173,7 +173,7 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
     return [(name, pair.low_res, pair.high_res) for name, pair in pairs]
 
 
-def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callable[[Record], None]:
+def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], None]:
     """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
 
     def handle(record: Record) -> None:
@@ -187,6 +187,9 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         if "warning" in record:
             work.display.say(say + record["warning"])
             work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))
+        if "settled" in record:
+            work.display.say(f"{say}{record['settled']} steps in all, as measured until step {step}")
+            work.tracker.tag_later(work.run_id, {"hatchery.steps": str(record["settled"])})
         if "system" in record:
             work.tracker.log_metrics(work.run_id, record["system"], step)
         for name, content in record.get("pictures", {}).items():
@@ -200,7 +203,7 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
                 work.display.say(f"{say}step {step}, {looked}")
                 return
             note = ", ".join(pattern.format(metrics[key]) for key, pattern in _NOTED.items() if key in metrics)
-            work.display.update(step, steps, "steps", note)
+            work.display.update(step, record["steps"], "steps", note)
 
     return handle
 

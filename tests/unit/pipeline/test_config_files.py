@@ -112,7 +112,7 @@ def test_any_text_as_a_file_or_override_is_a_recipe_or_one_error(text: str, over
         ("phases.finetune.lr=-1", "phases.finetune.lr: value -1: Input should be greater than 0"),
         ("phases.finetune=3", "phases.finetune: value 3: expected a mapping of keys to values"),
         ("phases=[1]", "phases is a list in one place and a mapping in another"),
-        ("phases.new={data: sharp}", "phases.new.steps"),
+        ("phases.new={data: sharp}", "phases.new: steps and minutes are both missing: give one"),
         ("model.arch=hatl", "arch 'hatl' is none of hat, hat_s, hat_l, hmanet, hat_unet: did you mean hat_l?"),
         ("model.options.embed_dimm=3", "model.options.embed_dimm): did you mean embed_dim?"),
         ("model.options.num_heads=[5,5]", "model.options: embed_dim=32 is not divisible by num_heads=5"),
@@ -134,7 +134,7 @@ def test_a_misspelt_key_or_value_names_its_path_and_what_was_meant(override: str
 
 def test_missing_keys_are_one_line(tmp_path: Path) -> None:
     assert "name, model, data, phases, trainings, registry are missing: give them" in fault(tmp_path, "")
-    assert "phases.new.steps" in fault(tmp_path, "extends: demo\nphases: {new: {data: sharp}}\n")
+    assert "phases.new.data is missing (name of" in fault(tmp_path, "extends: demo\nphases: {new: {steps: 3}}\n")
 
 
 def test_case_and_distance_of_suggestions() -> None:

@@ -23,9 +23,9 @@ def told(*, terminal: bool) -> str:
     display.begin_stage(1, 1, "train", "40 steps")
     work = SimpleNamespace(stage=SimpleNamespace(name="train"), display=display, tracker=NoTracker(), run_id="r")
     last: dict[str, float] = {}
-    handle = stages._training_records(work, 40, last)  # type: ignore[arg-type]
+    handle = stages._training_records(work, last)  # type: ignore[arg-type]
     for step in range(1, 41):
-        handle({"step": step, "metrics": {"loss": 1 / step, "images_per_s": 2.0}})
+        handle({"step": step, "steps": 40, "metrics": {"loss": 1 / step, "images_per_s": 2.0}})
         if step % 5 == 0:
             handle({"step": step, "metrics": {"validation_psnr_y": 30 + step / 100, "validation_ssim_y": 0.9}})
     display.end_stage("")
