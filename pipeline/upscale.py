@@ -3,39 +3,25 @@
 Weights and targets are checked before any work. A broken image in a folder is named and passed over.
 """
 
-import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 
 from data_prep import jpeg, jpeg_header, jpeg_scans
 from model import load
-from model.blocks import NUM_FEAT, UpscalingNetwork
-from model.inference import upscale
+from model.blocks import UpscalingNetwork
+from model.inference import Upscaler
+from model.limits import bound_threads
 from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
-from model.precision import resolve_precision
-from model.tiles import Tiler, smallest_tile
+from model.precision import emulation_note, resolve_precision
 from pipeline.progress import Display
 
-BODY_TENSORS = {"hat": 13, "hmanet": 40, "hat_unet": 20}
-HEAD_TENSORS = 3
-"""How many tensors of embed_dim channels, or of NUM_FEAT channels in high resolution, exist at once. Measured for
-HAT in fp32: 8.6 kB a pixel at x2, where the body weighs most, 11.8 kB at x4, where the head does; HMANet: 17.9 kB
-at 224 px, growing with the size, since its grids do: hence 40; the U of 48 channels: 3.5 kB at 512 px."""
-OUTPUT_TENSORS = 3
-"""How many float RGB images of the result's size exist at once, one more with --ensemble, two more with alpha. Measured
-at x4, where one takes 192 bytes a low-resolution pixel: 560 bytes, with --ensemble 763, with alpha 937."""
-MEMORY_SHARE = 0.6
-"""Of the memory that the result leaves free, for the network."""
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container (version 2) of its limits."""
 KINDS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
 
 
@@ -57,7 +43,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Options:
-    """How images are worked on; see `model.inference.upscale`."""
+    """How images are worked on; see `model.inference.upscale`. `tile` None: chosen by the memory that is free."""
 
     tile: int | None = None
     overlap: int | None = None
@@ -66,6 +52,17 @@ class Options:
     precision: str = "auto"
     compile: bool = False
     """By torch.compile: for tiles, or many images of one size, since each new size is compiled anew."""
+
+    def upscaler(self, network: UpscalingNetwork) -> Upscaler:
+        """A network that works so; ValueError for options that cannot be."""
+        return Upscaler(
+            network,
+            tile="auto" if self.tile is None else self.tile,
+            overlap=self.overlap,
+            batch=self.batch,
+            ensemble=self.ensemble,
+            precision=self.precision,
+        )
 
 
 @dataclass(frozen=True)
@@ -154,16 +151,19 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
     """
     device = network.conv_first.weight.device
     precision = resolve_precision(options.precision, device)
-    Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
+    upscaler = options.upscaler(network)
+    bound_threads()
     if options.compile:
         network.compile(dynamic=False)
     problems = []
     with Display(console) as display:
         display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {device.type}")
+        if note := emulation_note(options.precision, device):
+            display.say(f"      {note}")
         for number, job in enumerate(jobs, start=1):
             display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
             try:
-                display.end_stage(_upscale(job, network, options, display))
+                display.end_stage(_upscale(job, upscaler, display))
             except (ValueError, MemoryError, OSError) as error:
                 if len(jobs) == 1:
                     raise
@@ -172,30 +172,25 @@ def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Opti
     return problems
 
 
-def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
+def _upscale(job: Job, upscaler: Upscaler, display: Display) -> str:
     """One image; returns what it was and became."""
     picture = read_picture(job.source)
     _refuse_cut_off(job.source)
-    check_target(job.target, picture, network.scale)
+    check_target(job.target, picture, upscaler.network.scale)
 
     size = picture.pixels.shape[:2]
-    overlap = Tiler(network, overlap=options.overlap).overlap
-    tile = options.tile
-    if tile is None:
-        result_bytes = output_bytes(network.scale, picture.pixels.shape, options.ensemble)
-        tile = fitting_tile(network, size, overlap, _free_bytes(network), result_bytes)
+    tile = upscaler.choose(size, picture.pixels.shape[2], picture.pixels.dtype.itemsize)
     if tile and max(size) > tile:
-        display.say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
+        display.say(f"      {job.source.name}: {upscaler.describe(tile)}")
 
     def progress(done: int, total: int) -> None:
         if total > 1:
             display.update(done, total, "tiles")
 
-    how = {name: value for name, value in asdict(options).items() if name != "compile"}
-    pixels = upscale(network, picture.pixels, **(how | {"tile": tile}), progress=progress)
+    pixels = upscaler(picture.pixels, progress)
     write_picture(job.target, Picture(pixels, picture.profile))
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
-    tiles = f", tiles of {tile} px" if tile else ""
+    tiles = f", tiles of {upscaler.tile_used} px" if upscaler.tile_used else ""
     return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
 
 
@@ -206,58 +201,6 @@ def _refuse_cut_off(path: Path) -> None:
     is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
     if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
         raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
-
-
-def fitting_tile(
-    network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int, result_bytes: int = 0
-) -> int | None:
-    """None where a whole image is likely to fit the memory beside its result, else the side of tiles that are, px.
-
-    Linux kills a process that takes too much rather than refusing it memory, so on CPUs it is reckoned before.
-    MemoryError where not even the smallest useful tiles fit.
-    """
-    left_bytes = free_bytes - result_bytes
-    px = left_bytes * MEMORY_SHARE / bytes_per_px(network)
-    if math.prod(size) <= px:
-        return None
-    smallest = smallest_tile(overlap, network.multiple)
-    needed_bytes = min(smallest**2, math.prod(size)) * bytes_per_px(network)
-    if needed_bytes > left_bytes:
-        raise MemoryError(
-            f"the result takes {result_bytes / 1e9:.3g} GB of memory and tiles of {smallest} px take "
-            f"{needed_bytes / 1e9:.3g} GB, where {free_bytes / 1e9:.3g} GB are free: free some, "
-            "cut the image into parts, or say --tile and --tile-overlap yourself"
-        )
-    return max(int(px**0.5) // network.multiple * network.multiple, smallest) if px > 0 else smallest
-
-
-def output_bytes(scale: int, shape: tuple[int, ...], ensemble: bool) -> int:
-    """What the result of an image (H, W, C) takes on the way to pixels (see `OUTPUT_TENSORS`)."""
-    height, width, channels = shape
-    tensors = OUTPUT_TENSORS + ensemble + (2 if channels in (2, 4) else 0)
-    return tensors * 4 * 3 * height * width * scale**2
-
-
-def bytes_per_px(network: UpscalingNetwork) -> int:
-    """What a pixel of the low-resolution image takes in fp32 (see `BODY_TENSORS`)."""
-    body = BODY_TENSORS[network.arch] * network.config["embed_dim"]
-    return 4 * int(max(body, HEAD_TENSORS * NUM_FEAT * network.scale**2))
-
-
-def _free_bytes(network: UpscalingNetwork) -> int:
-    """What may be taken: on a GPU as much as one likes, since there an error says when it was too much."""
-    if network.conv_first.weight.device.type != "cpu":
-        return 1 << 62
-    return max(min(psutil.virtual_memory().available, _container_free_bytes()), 0)
-
-
-def _container_free_bytes() -> int:
-    """What the container leaves; cached files that nobody used lately count as free, since Linux drops them."""
-    limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if not (limit.is_file() and used.is_file()) or (text := limit.read_text().strip()) == "max":
-        return 1 << 62
-    stat = dict(line.split() for line in parts.read_text().splitlines()) if parts.is_file() else {}
-    return int(text) - int(used.read_text()) + int(stat.get("inactive_file", 0))
 
 
 def _named(job: Job, error: Exception) -> str:
