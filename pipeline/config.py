@@ -229,7 +229,7 @@ class PhaseConfig(Settings):
     minutes: float | None = Field(
         None,
         gt=0,
-        description="instead of steps: as many as fit, measured until the first milestone, then fixed (pipeline.budget)",
+        description="instead of steps: as many as fit, measured until the first milestone, then fixed; see pipeline.budget",
     )
     global_batch: int = Field(32, ge=1, description="samples per optimizer step over all processes")
     patch_px: int = Field(64, ge=8, description="side of the square low-resolution crop")
@@ -381,7 +381,8 @@ class EvaluateConfig(Settings):
 
     sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2, or SelfExSR's), images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2, or SelfExSR's), images, or "
+        "photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(

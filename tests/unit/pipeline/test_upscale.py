@@ -16,7 +16,6 @@ from model.init import bicubic_start
 from model.picture import Picture, read_picture, write_picture
 from model.weights import save_pth, save_safetensors
 from pipeline.cli import main
-from pipeline.upscale import MEMORY_SHARE, _free_bytes, bytes_per_px, fitting_tile, output_bytes
 from tests.unit.model.conftest import one_thread
 
 __all__ = ["one_thread"]
@@ -220,46 +219,6 @@ def test_wrong_exports(hatchery, weights, tmp_path) -> None:
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("free_bytes", [10**7, 10**8, 10**9])
-@pytest.mark.parametrize("overlap", [0, 16, 40])
-def test_tiles_are_chosen_by_the_memory_that_is_free(free_bytes: int, overlap: int) -> None:
-    network = build("hat", 4, **SIZES)
-    smallest = max(2 * overlap, 8)
-    if smallest**2 * bytes_per_px(network) > free_bytes:
-        with pytest.raises(MemoryError, match=f"tiles of {smallest} px take .* free some"):
-            fitting_tile(network, (512, 640), overlap, free_bytes)
-        return
-    tile = fitting_tile(network, (512, 640), overlap, free_bytes)
-    whole = 512 * 640 * bytes_per_px(network) <= MEMORY_SHARE * free_bytes
-    assert (tile is None) == whole
-    if tile is not None:
-        assert tile % 8 == 0
-        assert tile >= smallest
-        taken = tile**2 * bytes_per_px(network)
-        assert taken <= max(MEMORY_SHARE * free_bytes, smallest**2 * bytes_per_px(network))
-
-
-def test_what_the_result_takes_is_not_given_to_tiles() -> None:
-    network = build("hat", 4, **SIZES)
-    result = output_bytes(4, (512, 640, 3), False)
-    assert 560 <= result / (512 * 640) <= 580
-    assert 752 <= output_bytes(4, (512, 640, 3), True) / (512 * 640) <= 770
-    assert fitting_tile(network, (512, 640), 32, 10**9 + result, result) == fitting_tile(network, (512, 640), 32, 10**9)
-    with pytest.raises(MemoryError, match=r"the result takes 0\.189 GB .* cut the image into parts"):
-        fitting_tile(network, (512, 640), 32, result, result)
-
-
-def test_a_containers_cached_files_count_as_free(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.upscale.CGROUP", tmp_path)
-    network = build("hat", 2, **SIZES)
-    everything = _free_bytes(network)
-    for name, text in (("max", "1000"), ("current", "900"), ("stat", "active_file 50\ninactive_file 300\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert _free_bytes(network) == 400
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _free_bytes(network) > 400 or everything <= 400
-
-
 def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monkeypatch) -> None:
     """By the compiler's front end alone: its back end would take minutes."""
     asked: list[dict[str, object]] = []
@@ -279,7 +238,7 @@ def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monk
 
 
 def test_too_little_memory_is_one_line(hatchery, weights, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.upscale._free_bytes", lambda network: 10**6)
+    monkeypatch.setattr("model.inference.free_bytes", lambda device: 10**6)
     write_picture(tmp_path / "in.png", Picture(levels(80, 80)))
     code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / "out.png", "--weights", weights)
     assert (code, err.count("\n"), "GB are free: free some" in err) == (2, 1, True)
