@@ -55,15 +55,19 @@ def pretrain(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")] = False,
 ) -> None:
     """Run a recipe: shard, pre-train, cascade, fine-tune, evaluate, register, promote. Finished stages are skipped."""
-    from pipeline import pretrain as job
     from pipeline.config import load_recipe
+    from pipeline.survey import Choice
 
     loaded = load_recipe(recipe, override or [])
-    choice = job.Choice(stages.split(",") if stages else None, first, last)
+    choice = Choice(stages.split(",") if stages else None, first, last)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if dry_run:
-        job.dry_run(loaded, choice, console)
+        from pipeline import dry_run as look
+
+        look.run(loaded, choice, console)
     else:
+        from pipeline import pretrain as job
+
         job.run(loaded, choice, console, address, debug)
 
 

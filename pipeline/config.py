@@ -229,7 +229,7 @@ class PhaseConfig(Settings):
     minutes: float | None = Field(
         None,
         gt=0,
-        description="instead of steps: as many as fit, measured until the first milestone, then fixed; see pipeline.budget",
+        description="instead of steps: as many as fit, measured until the first milestone, then fixed; pipeline.budget",
     )
     global_batch: int = Field(32, ge=1, description="samples per optimizer step over all processes")
     patch_px: int = Field(64, ge=8, description="side of the square low-resolution crop")
