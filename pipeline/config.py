@@ -381,8 +381,8 @@ class EvaluateConfig(Settings):
 
     sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2, or SelfExSR's), images, or "
-        "photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), of SelfExSR's layout, or of "
+        "images; or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(

@@ -1,6 +1,7 @@
 """`hatchery upscale` as a user runs it, on real image files and weights files."""
 
 import io
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -104,6 +105,39 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
     code, out, _ = hatchery("upscale", tmp_path / "in", tmp_path / "in" / "out", "--weights", weights)
     assert code == 0
     assert "[3/3]" in out, "results of the first run are no images to upscale"
+
+
+def test_odd_names_links_and_clutter(hatchery, weights, tmp_path) -> None:
+    """Names are shown in one line each, whatever they hold; what is passed over is said."""
+    folder, names = tmp_path / "in", ("line\u2028sep.png", os.fsdecode(b"caf\xe9.png"), "[red]x[/blue].jfif")
+    for name in names:
+        write_picture(folder / name, Picture(levels(8, 8)))
+    (folder / "._a.png").write_bytes(b"a Mac's")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    code, out, err = hatchery("upscale", folder, tmp_path / "out", "--weights", weights)
+    assert code == 1
+    assert err.splitlines() == [line for line in err.splitlines() if "gone.png" in line]
+    assert files(tmp_path / "out") == sorted(names)
+    assert "passed over: 1 of the system's or a program's own (._a.png); 1 not followed: loop (a loop" in out
+    for shown in ("line\\u2028sep.png: done", "caf\\xe9.png: done", "[red]x[/blue].jfif: done"):
+        assert sum(shown in line for line in out.split("\n")) == 1
+
+
+def test_whole_jpegs_without_an_end_and_animations(hatchery, weights, tmp_path) -> None:
+    """What sharding takes, `upscale` takes: all blocks are there. The first of several pictures is taken, and said."""
+    for progressive in (False, True):
+        buffer = io.BytesIO()
+        Image.fromarray(levels(40, 30)).save(buffer, "JPEG", progressive=progressive)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{progressive}.jpg").write_bytes(buffer.getvalue()[:-2])
+        (tmp_path / "in" / f"{progressive}-padded.jpg").write_bytes(buffer.getvalue()[:-2] + b"\0\0\xff\xd9")
+    frames = [Image.fromarray(levels(8, 8)), Image.fromarray(255 - levels(8, 8))]
+    frames[0].save(tmp_path / "in" / "moving.png", save_all=True, append_images=frames[1:])
+    code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "out", "--weights", weights)
+    assert (code, err) == (0, "")
+    assert len(files(tmp_path / "out")) == 5
+    assert "moving.png: the first of its 2 pictures" in out
 
 
 def files(folder: Path) -> list[str]:
