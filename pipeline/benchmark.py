@@ -8,6 +8,7 @@ MATLAB-exact bicubic, as the published ones were made.
 import hashlib
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 

@@ -287,7 +287,9 @@ class PhaseConfig(Settings):
 
     def milestones_of(self, steps: int | None) -> list[float]:
         """The milestones in steps of a training of `steps`; without shares while that is not known."""
-        return [at if isinstance(at, int) else at * steps for at in self.milestones if isinstance(at, int) or steps]
+        if steps is None:
+            return [at for at in self.milestones if isinstance(at, int)]
+        return [at if isinstance(at, int) else at * steps for at in self.milestones]
 
     @property
     def first_milestone_share(self) -> float:
@@ -509,9 +511,9 @@ def _check_references(recipe: Recipe) -> None:
             raise ValueError(f"{name!r} is in data and in mixes: give the mix another name")
     for name, phase in recipe.phases.items():
         if phase.data not in (*recipe.data, *recipe.mixes):
-            known = (*recipe.data, *recipe.mixes)
-            meant = did_you_mean(phase.data, known)
-            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(known)}{meant}")
+            sets = (*recipe.data, *recipe.mixes)
+            meant = did_you_mean(phase.data, sets)
+            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(sets)}{meant}")
 
 
 def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
