@@ -12,9 +12,9 @@ from data_prep.storage import StorageError
 
 NAMES = st.text(string.ascii_letters + string.digits, min_size=1, max_size=8)
 # a prefix, lest the secret is a part of the rest by chance
-SECRETS = st.text(string.ascii_letters + string.digits + "%:@!$&'()*+,;=-._~", max_size=12).map(
-    lambda text: f"qZ7{text}9Xk"
-)
+MARKS = "%:!$&'()*+,;=-._~"
+SECRETS = st.text(string.ascii_letters + string.digits + MARKS, max_size=12).map("qZ7{}9Xk".format)
+SCHEMES = st.sampled_from(["http", "https", "postgresql+psycopg2", "mysql", "s3", "redis"])
 PLAIN = [
     "http://host:5000/prefix",
     "http://[::1]:5000/x@y",
@@ -80,8 +80,6 @@ def test_storage_with_a_login_is_refused_without_telling_it(uri: str) -> None:
 
 
 def test_nothing_is_written_below_a_name_that_is_a_secret() -> None:
-    with pytest.raises(
-        StorageError, match="^'s3://bucket/x' was given with credentials in it: leave them out"
-    ) as refused:
-        storage.check_writable("s3://bucket/x?X-Amz-Signature=SECRET")
-    assert "SECRET" not in str(refused.value)
+    with pytest.raises(StorageError, match=r"^'s3://bucket/x' was given with credentials in it: ") as refused:
+        storage.check_writable("s3://bucket/x?X-Amz-Signature=hunter2")
+    assert "hunter2" not in str(refused.value)
