@@ -557,7 +557,7 @@ def tracking_uri(places: Places) -> str:
     folder = storage.normalise(places.storage.uri)
     if re.search(r"\?|%[0-9A-Fa-f]{2}", folder):
         raise ConfigError(
-            f"storage.uri {places.storage.uri!r} has ? or %.. in its name, which MLflow takes for more than a name: call "
-            f"the folder something else, or give tracking.uri"
+            f"storage.uri {places.storage.uri!r} has ? or %.. in its name, which MLflow takes for more than a name: "
+            f"call the folder something else, or give tracking.uri"
         )
     return f"sqlite:///{folder}/mlflow.db"
