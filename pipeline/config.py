@@ -5,6 +5,7 @@ artifact's fingerprint, so moving a run to other machines never changes what it 
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -615,4 +616,9 @@ def tracking_uri(places: Places) -> str:
             f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
         )
     folder = storage.normalise(places.storage.uri)
-    return f"sqlite:///{folder.replace('%', '%25').replace('?', '%3F')}/mlflow.db"  # as SQLAlchemy spells a path
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", folder):
+        raise ConfigError(
+            f"storage.uri {places.storage.uri!r} has ? or %.. in its name, which MLflow takes for more than a name: "
+            f"call the folder something else, or give tracking.uri"
+        )
+    return f"sqlite:///{folder}/mlflow.db"
