@@ -50,10 +50,12 @@ def pretrain(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")] = False,
 ) -> None:
     """Run a recipe: shard, pre-train, cascade, fine-tune, evaluate, register, promote. Finished stages are skipped."""
+    from pipeline import places
     from pipeline import pretrain as job
     from pipeline.config import load_recipe
 
     loaded = load_recipe(recipe, override or [])
+    places.use_buckets(loaded)
     choice = job.Choice(stages.split(",") if stages else None, first, last)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if dry_run:

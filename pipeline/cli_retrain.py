@@ -37,10 +37,12 @@ def retrain(
 
     Exit code 0 also where nothing is new, another run is at it, or the gate refuses.
     """
+    from pipeline import places
     from pipeline import retrain as job
     from pipeline.domain import load_domain
 
     loaded = load_domain(domain, override or [])
+    places.use_buckets(loaded)
     if dry_run:
         job.dry_run(loaded, console(), now)
     else:
