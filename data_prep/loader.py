@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data_prep import s3
 from data_prep.image import Picture, decode
 from data_prep.index import ShardSet
 from data_prep.mix import order_of, read_set
@@ -304,20 +305,21 @@ class PairLoader:
         """Worker processes from a fork server: a fork of this process would copy Ray's and gRPC's threads' locks."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         return DataLoader(
             self._shares,
             batch_size=None,
             num_workers=self._num_workers,
             multiprocessing_context=context,
             prefetch_factor=_WORKER_QUEUE,
-            worker_init_fn=functools.partial(_start_worker, environment),
+            worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )
 
 
 def _start_worker(environment: dict[str, str], _: int) -> None:
     """The fork server may be older than the present S3 credentials."""
+    for name in s3.environment().keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
 
 

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from data_prep import s3
-from data_prep.uri import DamageError, StorageError, is_local, join, normalise, refuse_secrets, split_s3
+from data_prep.uri import DamageError, StorageError, is_local, join, key_fault, normalise, refuse_secrets, split_s3
 from data_prep.walk import Note, Walk
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DANGLING",
+    "ODD_KEY",
+    "UNREADABLE",
     "DamageError",
     "FileInfo",
     "StorageError",
@@ -62,6 +64,9 @@ __all__ = [
 ]
 
 DANGLING = "a link to nothing"
+ODD_KEY = "its key has the part . or .., which servers read as another key; rename the object"
+UNREADABLE = (DANGLING, ODD_KEY)
+"""What takes the place of the version of files that cannot be read."""
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
 _BLOCK_BYTES = 2**20
@@ -83,7 +88,7 @@ class FileInfo:
     """One listed file: `path` relative to the listed folder, `size` in bytes.
 
     `version` changes with the content: the ETag in an object store, the modification time in ns on a disk,
-    DANGLING for a link to nothing.
+    DANGLING for a link to nothing, ODD_KEY for a key that servers disagree about.
     """
 
     path: str
@@ -171,7 +176,7 @@ def iter_files(
             if skip(path):
                 note(path, "")
             else:
-                yield FileInfo(path, f"{root}/{path}", size, tag)
+                yield FileInfo(path, f"{root}/{path}", size, ODD_KEY if key_fault(path) else tag)
 
 
 def file_info(uri: str) -> FileInfo:
@@ -233,7 +238,7 @@ def delete_tree(uri: str) -> None:
         raise StorageError(f"{root}: refusing to delete all of it; name a folder or prefix inside")
     with _naming(root):
         if not is_local(root):
-            s3.delete([f"{root}/{path}" for path, _, _ in s3.objects(root)])
+            s3.delete_below(root)
         elif os.path.isdir(root):
             shutil.rmtree(root)
 
@@ -318,18 +323,9 @@ def filesystem(uri: str) -> tuple["FileSystem", str]:
 
     if is_local(uri):
         return fs.LocalFileSystem(), normalise(uri)
-    return _patient_s3(s3.arrow_options()), normalise(uri).removeprefix("s3://")
+    from data_prep import arrow_s3  # imports pyarrow
 
-
-def _patient_s3(options: dict[str, str]) -> "FileSystem":
-    """pyarrow's S3, which tries again for two minutes: by default a server away for ten seconds ends its user."""
-    from pyarrow import fs
-
-    class PatientS3(fs.S3FileSystem):
-        def __reduce__(self) -> tuple[Any, ...]:  # pyarrow's own forgets the retry strategy
-            return _patient_s3, (options,)
-
-    return PatientS3(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=12), request_timeout=30, **options)
+    return arrow_s3.file_system(), normalise(uri).removeprefix("s3://")
 
 
 def may_pass(error: StorageError) -> bool:

@@ -55,10 +55,12 @@ def pretrain(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")] = False,
 ) -> None:
     """Run a recipe: shard, pre-train, cascade, fine-tune, evaluate, register, promote. Finished stages are skipped."""
+    from pipeline.buckets import use_buckets
     from pipeline.config import load_recipe
     from pipeline.survey import Choice
 
     loaded = load_recipe(recipe, override or [])
+    use_buckets(loaded)
     choice = Choice(stages.split(",") if stages else None, first, last)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if dry_run:

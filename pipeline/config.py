@@ -30,14 +30,38 @@ __all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten
 EVALUATION_SCALES = (1, 2, 3, 4, 8)
 
 
+class S3Config(Settings):
+    """Buckets that are read in another way than by this process's credentials; the rest is AWS's own settings."""
+
+    anonymous: tuple[str, ...] = Field(
+        (),
+        description="names or globs of public buckets, read without credentials; with those in $HATCHERY_S3_ANONYMOUS",
+    )
+    requester_pays: tuple[str, ...] = Field(
+        (),
+        description="names or globs of buckets that bill who reads them, which is agreed to; with those in "
+        "$HATCHERY_S3_REQUESTER_PAYS",
+    )
+
+
 class StorageConfig(Settings):
-    """Where artifacts are kept."""
+    """Where artifacts are kept, and how S3 is reached."""
 
     uri: str = Field(
         "runs",
         description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
         "and in a Ray job its path absolute",
     )
+    s3: S3Config = S3Config()
+
+    @field_validator("uri")
+    @classmethod
+    def _without_empty_parts(cls, uri: str) -> str:
+        """Keys with empty parts are other people's: here, one is a variable that was not set."""
+        key = uri.removeprefix("s3://")
+        if uri != key and "//" in key:
+            raise ValueError(f"{uri!r} has an empty part: write {'s3://' + re.sub('/+', '/', key)!r}")
+        return uri
 
 
 class TrackingConfig(Settings):
