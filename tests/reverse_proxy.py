@@ -31,6 +31,7 @@ class Front:
     body: bytes = b""
     content_type: str = "text/plain"
     location: str | None = None
+    silent_s: float = 0  # before anything
     slow_put_s: float = 0  # between an upload's last byte and the answer to it
     seen: list[str] = field(default_factory=list)
 
@@ -46,6 +47,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         front = self.front
+        time.sleep(front.silent_s)
         length = int(self.headers.get("Content-Length") or 0)
         body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         front.seen.append(f"{self.command} {self.path}")

@@ -208,7 +208,7 @@ def test_an_address_that_mlflow_cannot_use_is_refused_without_its_login(uri: str
 
 
 def test_tls_that_breaks_off_names_what_may_be_wrong() -> None:
-    told = mlflow_server._tls_fault(ssl.SSLError("unexpected eof"))
+    told = mlflow_server._tls_fault(ssl.SSLError(1, "unexpected eof"))
     assert told.startswith("breaks off TLS (unexpected eof): ")
     assert CA in told
     assert CLIENT_CERT in told
