@@ -11,7 +11,7 @@ from collections import Counter
 from data_prep.uri import printable
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "jfif", "jpe", "jif", "jfi", "mpo", "apng")
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """Pillow's names of the formats that are read; no other parser is ever asked. `model.picture` has the same."""
 
 _CLUTTER = frozenset(

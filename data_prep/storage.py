@@ -25,7 +25,7 @@ from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from data_prep import s3
-from data_prep.uri import DamageError, StorageError, is_local, join, normalise, split_s3
+from data_prep.uri import DamageError, StorageError, is_local, join, normalise, refuse_secrets, split_s3
 from data_prep.walk import Note, Walk
 
 if TYPE_CHECKING:
@@ -285,6 +285,7 @@ def writing(uri: str) -> Iterator[BinaryIO]:
 
 def check_writable(uri: str) -> None:
     """Write, read back and delete a small probe below `uri`. Raises StorageError with the remedy."""
+    refuse_secrets(uri)
     probe, data = join(uri, f".hatchery-probe-{uuid.uuid4().hex}"), uuid.uuid4().bytes
     with _naming(uri):
         if is_local(uri):

@@ -4,6 +4,8 @@ import os
 import unicodedata
 from urllib.parse import unquote, urlsplit
 
+from data_prep.redact import without_secrets
+
 _UNPRINTABLE = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
@@ -35,11 +37,13 @@ def normalise(uri: str | os.PathLike[str]) -> str:
     """The one spelling of a URI: `s3://bucket/key`, or an absolute path for a local path and `file://`.
 
     No `//` inside and no trailing `/`: in an object store these are other keys. Raises StorageError for an
-    empty URI, another scheme, or `s3://` without a bucket.
+    empty URI, another scheme, `s3://` without a bucket, or with credentials in it.
     """
     text = os.fspath(uri)
     scheme = text.split("://", 1)[0] if "://" in text else ""
     if scheme == "s3":
+        if any(mark in text.split("/", 3)[2] for mark in "@:"):  # in no bucket's name; behind it they belong to a key
+            refuse_secrets(text)
         parts = [part for part in text.removeprefix("s3://").split("/") if part]
         if not parts:
             raise StorageError(f"{text!r} names no bucket; write s3://bucket/prefix")
@@ -47,10 +51,20 @@ def normalise(uri: str | os.PathLike[str]) -> str:
     if scheme == "file":
         text = unquote(urlsplit(text).path)
     elif scheme:
-        raise StorageError(f"{text!r}: scheme {scheme}:// is unknown; use a path, file:// or s3://")
+        raise StorageError(f"{without_secrets(text)!r}: scheme {scheme}:// is unknown; use a path, file:// or s3://")
     if not text:
         raise StorageError("a storage URI is empty; give a path, file:// or s3://bucket/prefix")
     return os.path.abspath(os.path.expanduser(text))
+
+
+def refuse_secrets(uri: str | os.PathLike[str]) -> None:
+    """StorageError where a URI carries credentials: names made below it would carry them as well."""
+    text = os.fspath(uri)
+    if (shown := without_secrets(text)) != text:
+        raise StorageError(
+            f"{shown!r} was given with credentials in it: leave them out of the URI, set AWS_ACCESS_KEY_ID and "
+            f"AWS_SECRET_ACCESS_KEY"
+        )
 
 
 def join(uri: str | os.PathLike[str], *parts: str) -> str:

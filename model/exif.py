@@ -52,14 +52,16 @@ class Entry:
 
 
 Directory = dict[int, Entry]
-Order = Literal["<", ">"]
+ByteOrder = Literal["<", ">"]
+"""As `struct` has it: little or big endian."""
+_ORDERS: dict[bytes, ByteOrder] = {b"II": "<", b"MM": ">"}
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a file's numbers are written: byte order as `struct` has it, and whether positions have 64 bits."""
 
-    order: Order
+    order: ByteOrder
     big: bool = False
 
     @property
@@ -80,7 +82,7 @@ class Layout:
 class Exif:
     """The tags of a picture by directory; all in one byte order."""
 
-    order: Order = "<"
+    order: ByteOrder = "<"
     main: Directory = field(default_factory=dict)
     camera: Directory = field(default_factory=dict)
     gps: Directory = field(default_factory=dict)
@@ -94,8 +96,8 @@ class Exif:
     @property
     def orientation(self) -> int:
         """1 (as stored) to 8; 1 where the tag is missing or says something else."""
-        found = int(self._number(ORIENTATION) or 1)
-        return found if found in range(1, 9) else 1
+        found = self._number(ORIENTATION)
+        return int(found) if found is not None and found in range(1, 9) else 1
 
     @property
     def dpi(self) -> tuple[float, float] | None:
@@ -198,8 +200,7 @@ def add_to_tiff(tiff: bytes, exif: Exif | None, xmp: bytes | None) -> bytes:
 
 def _header(data: bytes) -> tuple[Layout, int]:
     """Byte order and kind of a file, and where its first directory is."""
-    orders: dict[bytes, Order] = {b"II": "<", b"MM": ">"}
-    order = orders.get(data[:2])
+    order = _ORDERS.get(data[:2])
     if order is None:
         raise ValueError("it does not begin as EXIF does")
     try:

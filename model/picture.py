@@ -7,9 +7,9 @@ import io
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Picture:
     """ICC profile."""
     metadata: Metadata = field(default_factory=Metadata)
     """What else the file says; sizes in it are corrected when it is written."""
+    num_pictures: int = 1
+    """In the file that it was read from, of which it is the first."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,15 @@ class Outline:
     alpha: bool
 
 
-def read_picture(path: str | Path) -> Picture:
+def read_picture(path: str | Path, prepare: Callable[[bytes], bytes] = bytes) -> Picture:
     """The picture in a file, turned as its EXIF orientation says; palettes, CMYK and the like become RGB.
 
-    ValueError, naming the file, where it is missing, broken, animated, has float pixels or more than `LARGEST_PX`.
+    Of an animation, or a file of several pages, the first one. `prepare` is given the file's bytes, and what it gives
+    back is decoded. ValueError, naming the file, where it is missing, broken, of none of `PARSERS`, has float pixels or
+    more than `LARGEST_PX`, and for a ValueError of `prepare`.
     """
     with _naming(path):
-        data = Path(path).read_bytes()
+        data = prepare(Path(path).read_bytes())
         deep_tiff = _deep_tiff(data) if data[:4] in TIFF_SIGNATURES else None
         with _own_limit():
             return deep_tiff or _picture(data)
@@ -162,8 +166,7 @@ def _picture(data: bytes) -> Picture:
     plain = parts.pixels if parts else data
     with Image.open(io.BytesIO(plain), formats=PARSERS) as image:
         _refuse_larger(image.height, image.width)
-        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-            raise ValueError("it holds several pictures, not one")
+        num_pictures = _num_pictures(image)
         about, orientation = metadata.of_image(image, data, parts)
         profile = parts.profile if parts else image.info.get("icc_profile")
         pixels = _deep_pixels(plain, image)
@@ -172,7 +175,16 @@ def _picture(data: bytes) -> Picture:
             pixels = _eight_bit_pixels(converted)
             profile = converted.info.get("icc_profile") if converted is not image else profile
             orientation = 1 if image.format == "TIFF" else orientation  # Pillow turns those by itself
-        return _with_fitting_profile(_turned(pixels, orientation), profile, about)
+        picture = _with_fitting_profile(_turned(pixels, orientation), profile, about)
+    return replace(picture, num_pictures=num_pictures)
+
+
+def _num_pictures(image: Image.Image) -> int:
+    """How many pictures a file holds; the previews that a camera adds to its JPEG do not count, nor damaged pages."""
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except BROKEN:
+        return 1
 
 
 def _cmyk_to_srgb(image: Image.Image) -> Image.Image:
@@ -217,11 +229,10 @@ def _deep_tiff(data: bytes) -> Picture | None:
             return None
         if page.dtype != np.uint16:
             raise ValueError(f"its pixels are {page.dtype}; convert it to 8 or 16 bits")
-        if len(tiff.pages) > 1:
-            raise ValueError("it holds several pictures, not one")
         _refuse_larger(page.imagelength, page.imagewidth)
         pixels = page.asarray()
         profile = page.iccprofile
+        num_pictures = len(tiff.pages)
     if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE and pixels.ndim == 3:
         pixels = np.moveaxis(pixels, 0, 2)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
@@ -230,7 +241,8 @@ def _deep_tiff(data: bytes) -> Picture | None:
         raise ValueError("16-bit pixels are known here as gray or RGB only; convert it to RGB")
     pixels = np.atleast_3d(pixels).astype(np.uint16, copy=False)
     about, orientation = metadata.of_tiff(data)
-    return _with_fitting_profile(_turned(pixels, orientation), profile, about)
+    picture = _with_fitting_profile(_turned(pixels, orientation), profile, about)
+    return replace(picture, num_pictures=num_pictures)
 
 
 def _is_transparent(image: Image.Image) -> bool:

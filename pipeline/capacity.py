@@ -108,10 +108,10 @@ def training_table(
         saves = num_checkpoints(phase, step_s, recipe.compute.checkpoint_every_s)
         table.add_row(
             name,
-            str(phase.steps),
+            str(steps_of(phase, step_s)),
             str(phase.global_batch),
             f"{step_s:.3g}",
-            f"{phase.steps * step_s / 86400:.2f}",
+            f"{steps_of(phase, step_s) * step_s / 86400:.2f}",
             f"{phase.global_batch / step_s / machines.nodes * image_kb / 1e3:.2f}",
             f"{saves * checkpoint_bytes(recipe, name) / GB:.1f}",
         )
@@ -121,7 +121,12 @@ def training_table(
 def num_checkpoints(phase: PhaseConfig, step_s: float, every_s: float | None) -> int:
     """Checkpoints of a training: at its phase's steps, and by the clock where those are further apart."""
     between = min(phase.checkpoint_every, every_s / step_s) if every_s else phase.checkpoint_every
-    return math.ceil(phase.steps / max(between, 1))
+    return math.ceil(steps_of(phase, step_s) / max(between, 1))
+
+
+def steps_of(phase: PhaseConfig, step_s: float) -> int:
+    """The steps of a training: those of its phase, or as many as its minutes hold."""
+    return phase.steps or max(1, round((phase.minutes or 0) * 60 / step_s))
 
 
 def checkpoint_bytes(recipe: Recipe, training: str) -> float:

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_prep.redact import without_secrets
 from data_prep.uri import StorageError, printable
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, describe_os_error
 
 app = typer.Typer(
     name="hatchery",
@@ -22,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_USERS_ERRORS = (ValueError, OSError, MemoryError)
 
 
 @app.callback()
@@ -51,15 +55,19 @@ def pretrain(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")] = False,
 ) -> None:
     """Run a recipe: shard, pre-train, cascade, fine-tune, evaluate, register, promote. Finished stages are skipped."""
-    from pipeline import pretrain as job
     from pipeline.config import load_recipe
+    from pipeline.survey import Choice
 
     loaded = load_recipe(recipe, override or [])
-    choice = job.Choice(stages.split(",") if stages else None, first, last)
+    choice = Choice(stages.split(",") if stages else None, first, last)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if dry_run:
-        job.dry_run(loaded, choice, console)
+        from pipeline import dry_run as look
+
+        look.run(loaded, choice, console)
     else:
+        from pipeline import pretrain as job
+
         job.run(loaded, choice, console, address, debug)
 
 
@@ -199,11 +207,16 @@ def export(
     ] = None,
     debug: Tracebacks = False,
 ) -> None:
-    """Write a network as ONNX or as a torch.export program, for images of any height and width."""
-    from pipeline import upscale
+    """Write a network as ONNX or as a torch.export program, for images of any height and width, any number at once.
+
+    Says what it does and how long it took.
+    """
+    from pipeline.export import export as export_network
+    from pipeline.upscale import Source
 
     file, model = (None, weights) if weights.startswith("models:/") else (weights, None)
-    typer.echo(upscale.export(upscale.Source(file, model, None, tracking_uri, interval_size), target))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    typer.echo(export_network(Source(file, model, None, tracking_uri, interval_size), target, console))
 
 
 shards = typer.Typer(help="Make a set of shards, look at one, check one.", no_args_is_help=True)
@@ -245,18 +258,34 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - a traceback is written all the same, without secrets
+        if not _is_users(error):
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+            sys.exit(1)
         if "--debug" in arguments:
-            traceback.print_exc()
-        sys.stderr.write(f"hatchery: {_one_line(error)}\n")
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+        sys.stderr.write(f"hatchery: {_one_line(error, arguments[0] if arguments else 'hatchery')}\n")
         sys.exit(2)
 
 
-def _one_line(error: Exception) -> str:
-    """The error's own words; of one that came through Ray, the words of its cause. No name in them breaks the line."""
+def _is_users(error: Exception) -> bool:
+    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    mlflow = sys.modules.get("mlflow.exceptions")
+    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+
+
+def _one_line(error: Exception, command: str) -> str:
+    """The error's own words without secrets; of one that came through Ray, the words of its cause;
+    the system's with path and place.
+
+    No name in them breaks the line.
+    """
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
-    lines = [str(told)] if isinstance(told, StorageError) else str(told).split("\n")  # a config's faults are many
+    if not isinstance(told, ValueError | OSError | MemoryError):
+        return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
+    text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
+    lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many
     return "\n".join(map(printable, lines))
 
 

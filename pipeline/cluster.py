@@ -9,7 +9,11 @@ from typing import Any
 
 import ray
 
+from model import limits
 from pipeline.config import ComputeConfig
+
+WORKER_BYTES = 400 * 10**6
+"""What a process of Ray's takes that has imported torch and works on an image of common size, roughly."""
 
 # Read by Ray when it starts processes; the user's own values win.
 _ENVIRONMENT = {
@@ -45,12 +49,7 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to wait for
         # Ray gives its workers niceness 15, at which two of them on two CPUs get a tenth less done
         os.environ.setdefault("RAY_worker_niceness", "0")
-        needed = compute.max_workers * compute.cpus_per_worker
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": max(os.cpu_count() or 1, needed),
-        }
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": _local_cpus(compute)}
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
@@ -59,6 +58,12 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
         yield
     finally:
         ray.shutdown()
+
+
+def _local_cpus(compute: ComputeConfig) -> int:
+    """Processes that a local cluster runs side by side: as many as there are CPUs and memory for, or as asked for."""
+    fitting = min(limits.usable_cpus(), limits.free_memory_bytes() // WORKER_BYTES)
+    return max(1, fitting, compute.max_workers * compute.cpus_per_worker)
 
 
 def _check_answers(address: str) -> None:

@@ -208,5 +208,5 @@ def to_png(image: np.ndarray) -> bytes:
 
 
 def _fetch(reference: Any) -> np.ndarray:
-    with Image.open(io.BytesIO(ray.get(reference))) as image:
+    with Image.open(io.BytesIO(ray.get(reference)), formats=["PNG"]) as image:
         return np.asarray(image)

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from data_prep import sources, storage
 from data_prep.duplicates import hash_all, same_content
+from data_prep.layouts import training_items
 from data_prep.sources import Item
 from pipeline.config import EvaluateConfig
 from pipeline.ledger import HOLD_OUT, NewImage, Round
@@ -42,5 +43,5 @@ def patterns_of_judging(
 
     A byte of a name that is no UTF-8, which no config may hold, is left open: at worst a namesake is left out as well.
     """
-    found = same_content(sources.iter_items(source, include, exclude), judging)
+    found = same_content(training_items(source, include, exclude), judging)
     return tuple(sorted(re.sub("[\udc80-\udcff]", "?", f"/{glob.escape(item.path)}") for item in found))

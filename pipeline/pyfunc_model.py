@@ -10,14 +10,37 @@ from typing import Any
 import mlflow
 import numpy as np
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc import PythonModel
 
 from model import load
 from model.inference import upscale
+from model.payload import RefusedError, answer
+
+
+class RequestRefusedError(MlflowException):
+    """A request that is answered by one line and HTTP 400.
+
+    MLflow's server puts all that was sent before the message of an error, so it is told of none that it could change.
+    """
+
+    def __init__(self, line: str) -> None:
+        self._line = line
+        super().__init__(line, error_code=BAD_REQUEST)
+
+    @property
+    def message(self) -> str:
+        """The line."""
+        return self._line
+
+    @message.setter
+    def message(self, value: str) -> None:
+        """Nothing: the line stays."""
 
 
 class SuperResolution(PythonModel):
-    """Super-resolves uint8 RGB images, shape (images, height, width, 3), to (images, height*scale, width*scale, 3)."""
+    """Super-resolves arrays, and PNG and JPEG files, and answers in the kind that it was asked in."""
 
     def load_context(self, context: Any) -> None:
         """Load the network from the model's artifacts, once."""
@@ -26,9 +49,16 @@ class SuperResolution(PythonModel):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network.to(self.device)
 
-    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
-        """Any image size: padded by reflection to what the network needs, and cut again."""
-        return np.stack([upscale(self.network, image) for image in np.asarray(model_input, dtype=np.uint8)])
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
+        """Images of any size, one or several: see `model.payload`. RequestRefusedError for what is none."""
+        try:
+            return answer(model_input, self._enlarged)
+        except RefusedError as error:
+            raise RequestRefusedError(str(error)) from error
+
+    def _enlarged(self, image: np.ndarray) -> np.ndarray:
+        """One image: padded by reflection to what the network needs, and cut again."""
+        return upscale(self.network, image)
 
 
 mlflow.models.set_model(SuperResolution())

@@ -1,30 +1,29 @@
-"""`hatchery upscale` and `hatchery export`: images, and other runtimes, from weights files and registered models.
+"""`hatchery upscale`: images through networks from weights files and registered models.
 
 Weights and targets are checked before any work. A broken image in a folder is named and passed over.
 """
 
 import errno
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from rich.console import Console
 
-from data_prep import jpeg, jpeg_header, jpeg_scans
+from data_prep.image import whole
 from data_prep.image_files import PassedOver
 from model import load
 from model.alpha import has_alpha
-from model.blocks import NUM_FEAT, UpscalingNetwork
+from model.blocks import UpscalingNetwork
 from model.files import WriteError
-from model.inference import upscale
+from model.inference import Upscaler
+from model.limits import bound_threads
 from model.picture import (
     Picture,
     read_picture,
@@ -32,26 +31,14 @@ from model.picture import (
     refuse_what_it_cannot_hold,
     write_picture,
 )
-from model.precision import resolve_precision
-from model.tiles import Progress, Tiler, smallest_tile
+from model.precision import emulation_note, resolve_precision
+from model.tiles import Progress
 from pipeline import device_workers
 from pipeline.devices import choose
 from pipeline.progress import Display
-from pipeline.upscale_files import Job, Naming, plan, refuse_below_a_file, refuse_quality, without_finished
+from pipeline.upscale_files import Job, Naming, plan, refuse_quality, without_finished
 from pipeline.upscale_image import Wanted, enlarge
 
-BODY_TENSORS = {"hat": 13, "hmanet": 40, "hat_unet": 20}
-HEAD_TENSORS = 3
-"""How many tensors of embed_dim channels, or of NUM_FEAT channels in high resolution, exist at once. Measured for
-HAT in fp32: 8.6 kB a pixel at x2, where the body weighs most, 11.8 kB at x4, where the head does; HMANet: 17.9 kB
-at 224 px, growing with the size, since its grids do: hence 40; the U of 48 channels: 3.5 kB at 512 px."""
-OUTPUT_TENSORS = 3
-"""How many float RGB images of the result's size exist at once, one more with --ensemble, two more with alpha. Measured
-at x4, where one takes 192 bytes a low-resolution pixel: 560 bytes, with --ensemble 763, with alpha 937."""
-MEMORY_SHARE = 0.6
-"""Of the memory that the result leaves free, for the network."""
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container (version 2) of its limits."""
 NOTHING_CAN_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What says of the whole disk, not of one file, that it takes no more."""
 KINDS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
@@ -75,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Options:
-    """How images are worked on; see `model.inference.upscale`."""
+    """How images are worked on; see `model.inference.upscale`. `tile` None: chosen by the memory that is free."""
 
     tile: int | None = None
     overlap: int | None = None
@@ -84,6 +71,20 @@ class Options:
     precision: str = "auto"
     compile: bool = False
     """By torch.compile: for tiles, or many images of one size, since each new size is compiled anew."""
+
+    def upscaler(self, network: UpscalingNetwork) -> Upscaler:
+        """A network that works so, compiled if asked for; ValueError for options that cannot be."""
+        made = Upscaler(
+            network,
+            tile="auto" if self.tile is None else self.tile,
+            overlap=self.overlap,
+            batch=self.batch,
+            ensemble=self.ensemble,
+            precision=self.precision,
+        )
+        if self.compile:
+            network.compile(dynamic=False)
+        return made
 
 
 @dataclass(frozen=True)
@@ -176,11 +177,14 @@ def run(
     wanted = wanted or Wanted()
     devices = list(devices)[: len(jobs)] or [network.conv_first.weight.device]
     precision = resolve_precision(options.precision, devices[0])
-    Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
+    upscaler = options.upscaler(network)  # refuses what cannot be, before any image
     with Display(console) as display:
         display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {', '.join(map(_called, devices))}")
+        if note := emulation_note(options.precision, devices[0]):
+            display.say(f"      {note}")
         if len(devices) == 1:
-            return _run_here(jobs, network, options, wanted, display)
+            bound_threads()
+            return _run_here(jobs, upscaler, wanted, display)
         return _run_shared(jobs, network, options, wanted, devices, display)
 
 
@@ -189,13 +193,9 @@ def _called(device: torch.device) -> str:
     return str(device) if device.index else device.type
 
 
-def _run_here(
-    jobs: Sequence[Job], network: UpscalingNetwork, options: Options, wanted: Wanted, display: Display
-) -> list[str]:
+def _run_here(jobs: Sequence[Job], upscaler: Upscaler, wanted: Wanted, display: Display) -> list[str]:
     """One image after the other in this process, with the progress of each."""
     problems: list[str] = []
-    if options.compile:
-        network.compile(dynamic=False)
 
     def progress(done: int, total: int) -> None:
         if total > 1:
@@ -204,7 +204,7 @@ def _run_here(
     for number, job in enumerate(jobs, start=1):
         display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
         try:
-            done = _upscale(job, network, options, wanted, display.say, progress)
+            done = _upscale(job, upscaler, wanted, display.say, progress)
             display.end_stage(done)
         except (ValueError, MemoryError, OSError) as error:
             if len(jobs) == 1:
@@ -242,9 +242,13 @@ def _run_shared(
 
 def _upscale_there(options: Options, wanted: Wanted, network: UpscalingNetwork, job: Job) -> str:
     """In a device's process: one image."""
-    if options.compile and network._compiled_call_impl is None:
-        network.compile(dynamic=False)
-    return _upscale(job, network, options, wanted, lambda text: None, lambda done, total: None)
+    return _upscale(job, _upscaler_there(options, network), wanted, lambda text: None, lambda done, total: None)
+
+
+@lru_cache(maxsize=1)
+def _upscaler_there(options: Options, network: UpscalingNetwork) -> Upscaler:
+    """In a device's process: the same for all its images, so that what one taught about memory holds for the next."""
+    return options.upscaler(network)
 
 
 def _refuse_to_go_on(error: Exception, done: int, count: int) -> None:
@@ -255,121 +259,28 @@ def _refuse_to_go_on(error: Exception, done: int, count: int) -> None:
         ) from error
 
 
-def _upscale(
-    job: Job,
-    network: UpscalingNetwork,
-    options: Options,
-    wanted: Wanted,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> str:
+def _upscale(job: Job, upscaler: Upscaler, wanted: Wanted, say: Callable[[str], None], progress: Progress) -> str:
     """One image; returns what it was and became."""
-    picture = read_picture(job.source)
-    _refuse_cut_off(job.source)
-    size = picture.pixels.shape[:2]
+    picture = read_picture(job.source, whole)
+    if picture.num_pictures > 1:
+        say(f"      {job.source.name}: the first of its {picture.num_pictures} pictures")
+    size, scale = picture.pixels.shape[:2], upscaler.network.scale
     has_result_alpha = has_alpha(picture.pixels.shape[2]) and wanted.alpha != "drop"
     refuse_what_it_cannot_hold(job.target, picture.pixels.dtype == np.uint16, has_result_alpha)
-    refuse_size(job.target, *wanted.size(size, network.scale))
+    refuse_size(job.target, *wanted.size(size, scale))
 
-    overlap = Tiler(network, overlap=options.overlap).overlap
-    tile = options.tile
-    if tile is None:
-        result_bytes = output_bytes(network.scale, picture.pixels.shape, options.ensemble)
-        tile = fitting_tile(network, size, overlap, _free_bytes(network), result_bytes)
+    tile = upscaler.choose(size, picture.pixels.shape[2], picture.pixels.dtype.itemsize)
     if tile and max(size) > tile:
-        say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
+        say(f"      {job.source.name}: {upscaler.describe(tile)}")
 
-    how = {name: value for name, value in asdict(options).items() if name != "compile"}
-    by_network = partial(upscale, network, **(how | {"tile": tile}), progress=progress)
-    pixels = enlarge(picture.pixels, by_network, network.scale, wanted)
+    pixels = enlarge(picture.pixels, partial(upscaler, progress=progress), scale, wanted)
     lost = write_picture(job.target, Picture(pixels, picture.profile, picture.metadata), wanted.quality)
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
-    tiles = f", tiles of {tile} px" if tile else ""
+    tiles = f", tiles of {upscaler.tile_used} px" if upscaler.tile_used else ""
     without = f"; without {', '.join(lost)}" if lost else ""
     return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}{without}"
-
-
-def _refuse_cut_off(path: Path) -> None:
-    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray."""
-    data = path.read_bytes()
-    header = jpeg_header.parse(data)
-    is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
-    if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
-        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
-
-
-def fitting_tile(
-    network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int, result_bytes: int = 0
-) -> int | None:
-    """None where a whole image is likely to fit the memory beside its result, else the side of tiles that are, px.
-
-    Linux kills a process that takes too much rather than refusing it memory, so on CPUs it is reckoned before.
-    MemoryError where not even the smallest useful tiles fit.
-    """
-    left_bytes = free_bytes - result_bytes
-    px = left_bytes * MEMORY_SHARE / bytes_per_px(network)
-    if math.prod(size) <= px:
-        return None
-    smallest = smallest_tile(overlap, network.multiple)
-    needed_bytes = min(smallest**2, math.prod(size)) * bytes_per_px(network)
-    if needed_bytes > left_bytes:
-        raise MemoryError(
-            f"the result takes {result_bytes / 1e9:.3g} GB of memory and tiles of {smallest} px take "
-            f"{needed_bytes / 1e9:.3g} GB, where {free_bytes / 1e9:.3g} GB are free: free some, "
-            "cut the image into parts, or say --tile and --tile-overlap yourself"
-        )
-    return max(int(px**0.5) // network.multiple * network.multiple, smallest) if px > 0 else smallest
-
-
-def output_bytes(scale: int, shape: tuple[int, ...], ensemble: bool) -> int:
-    """What the result of an image (H, W, C) takes on the way to pixels (see `OUTPUT_TENSORS`)."""
-    height, width, channels = shape
-    tensors = OUTPUT_TENSORS + ensemble + (2 if channels in (2, 4) else 0)
-    return tensors * 4 * 3 * height * width * scale**2
-
-
-def bytes_per_px(network: UpscalingNetwork) -> int:
-    """What a pixel of the low-resolution image takes in fp32 (see `BODY_TENSORS`)."""
-    body = BODY_TENSORS[network.arch] * network.config["embed_dim"]
-    return 4 * int(max(body, HEAD_TENSORS * NUM_FEAT * network.scale**2))
-
-
-def _free_bytes(network: UpscalingNetwork) -> int:
-    """What may be taken: on a GPU as much as one likes, since there an error says when it was too much."""
-    if network.conv_first.weight.device.type != "cpu":
-        return 1 << 62
-    return max(min(psutil.virtual_memory().available, _container_free_bytes()), 0)
-
-
-def _container_free_bytes() -> int:
-    """What the container leaves; cached files that nobody used lately count as free, since Linux drops them."""
-    limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if not (limit.is_file() and used.is_file()) or (text := limit.read_text().strip()) == "max":
-        return 1 << 62
-    stat = dict(line.split() for line in parts.read_text().splitlines()) if parts.is_file() else {}
-    return int(text) - int(used.read_text()) + int(stat.get("inactive_file", 0))
 
 
 def _named(job: Job, error: Exception) -> str:
     text = str(error)
     return text if str(job.source) in text or str(job.target) in text else f"{job.source}: {text}"
-
-
-def export(source: Source, target: str) -> str:
-    """Write a network as `.onnx` or `.pt2`; returns what was written. ValueError for another ending."""
-    from model.export import export_onnx, require_onnx, save_program
-
-    suffix = Path(target).suffix
-    if suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{target}: choose an ending among .onnx, .pt2")
-    refuse_below_a_file(Path(target))
-    if suffix == ".onnx":
-        require_onnx()
-    network, name = open_network(source)
-    if suffix == ".onnx":
-        difference = export_onnx(target, network)
-        checked = f"differs from PyTorch by at most {difference:.1e} in onnxruntime, of a range of 1"
-    else:
-        save_program(target, network)
-        checked = f"for sides of more than {network.multiple} px"
-    return f"{target}: {name}, {network.arch} x{network.scale}, {checked}"

@@ -24,6 +24,7 @@ from pipeline import artifact, checkpoint, zero
 from pipeline.adversary import Adversary
 from pipeline.arithmetic import TRAINING_PASSES, macs_per_sample, peak_macs_per_s
 from pipeline.autobatch import find_micro_batch
+from pipeline.budget import Budget
 from pipeline.heap import keep_freed_memory
 from pipeline.launch import TrainJob
 from pipeline.objective import loss_of
@@ -51,6 +52,7 @@ class Run:
     world_size: int
     micro_batch: int
     passes: int
+    budget: Budget
     step: int
     data_offset: int
     saved: str | None
@@ -105,6 +107,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         world_size=world_size,
         micro_batch=micro_batch,
         passes=micro_batches_per_step(job.phase.global_batch, micro_batch, world_size),
+        budget=Budget(job.phase, meta),
         step=step,
         data_offset=data_offset,
         saved=checkpoint.name_of(meta) if state is not None else None,

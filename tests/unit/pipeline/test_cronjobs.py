@@ -126,7 +126,7 @@ def test_the_image_must_be_named_and_can_be_built() -> None:
     for package in [*project["tool"]["setuptools"]["packages"], "configs"]:
         assert f"COPY {package} {package}" in lines
     assert f"WORKDIR {example().schedule.working_dir}" in lines
-    assert f"ray=={cronjobs.RAY_VERSION}" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cronjobs.RAY_VERSION} \\" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
 def test_the_pods_read_the_domain_that_was_rendered(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from data_prep import storage
-from pipeline import cluster, pretrain, stages
+from pipeline import cluster, dry_run, pretrain, stages
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
@@ -61,11 +61,11 @@ def stage(monkeypatch: pytest.MonkeyPatch, does: Callable[[stages.Work], Artifac
 
 
 def test_a_dry_run_changes_no_run(recipe: Recipe) -> None:
-    pretrain.dry_run(recipe, pretrain.Choice(), console())
+    dry_run.run(recipe, pretrain.Choice(), console())
     assert states(recipe) == {}
     tracker = Tracker(recipe)
     tracker.finish(tracker.begin())
-    pretrain.dry_run(recipe, pretrain.Choice(), console())
+    dry_run.run(recipe, pretrain.Choice(), console())
     assert states(recipe) == {"tiny": "FINISHED"}
 
 

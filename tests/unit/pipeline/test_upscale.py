@@ -1,6 +1,7 @@
 """`hatchery upscale` as a user runs it, on real image files and weights files."""
 
 import io
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from model.init import bicubic_start
 from model.picture import Picture, read_picture, write_picture
 from model.weights import save_pth, save_safetensors
 from pipeline.cli import main
-from pipeline.upscale import MEMORY_SHARE, _free_bytes, bytes_per_px, fitting_tile, output_bytes
 from tests.unit.model.conftest import one_thread
 from tests.unit.model.test_files import file_size_limit
 
@@ -107,6 +107,39 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
     assert "[3/3]" in out, "results of the first run are no images to upscale"
 
 
+def test_odd_names_links_and_clutter(hatchery, weights, tmp_path) -> None:
+    """Names are shown in one line each, whatever they hold; what is passed over is said."""
+    folder, names = tmp_path / "in", ("line\u2028sep.png", os.fsdecode(b"caf\xe9.png"), "[red]x[/blue].jfif")
+    for name in names:
+        write_picture(folder / name, Picture(levels(8, 8)))
+    (folder / "._a.png").write_bytes(b"a Mac's")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    code, out, err = hatchery("upscale", folder, tmp_path / "out", "--weights", weights)
+    assert code == 1
+    assert err.splitlines() == [line for line in err.splitlines() if "gone.png" in line]
+    assert files(tmp_path / "out") == sorted(names)
+    assert "passed over: 1 of the system's or a program's own (._a.png); 1 not followed: loop (a loop" in out
+    for shown in ("line\\u2028sep.png: done", "caf\\xe9.png: done", "[red]x[/blue].jfif: done"):
+        assert sum(shown in line for line in out.split("\n")) == 1
+
+
+def test_whole_jpegs_without_an_end_and_animations(hatchery, weights, tmp_path) -> None:
+    """What sharding takes, `upscale` takes: all blocks are there. The first of several pictures is taken, and said."""
+    for progressive in (False, True):
+        buffer = io.BytesIO()
+        Image.fromarray(levels(40, 30)).save(buffer, "JPEG", progressive=progressive)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{progressive}.jpg").write_bytes(buffer.getvalue()[:-2])
+        (tmp_path / "in" / f"{progressive}-padded.jpg").write_bytes(buffer.getvalue()[:-2] + b"\0\0\xff\xd9")
+    frames = [Image.fromarray(levels(8, 8)), Image.fromarray(255 - levels(8, 8))]
+    frames[0].save(tmp_path / "in" / "moving.png", save_all=True, append_images=frames[1:])
+    code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "out", "--weights", weights)
+    assert (code, err) == (0, "")
+    assert len(files(tmp_path / "out")) == 5
+    assert "moving.png: the first of its 2 pictures" in out
+
+
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -179,7 +212,7 @@ def test_networks_that_cannot_be_had(hatchery, tmp_path, monkeypatch) -> None:
         (["--model", "models:/m@champion"], "no MLflow store"),
         (["--model", "m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "write models:/NAME@champion"),
         (["--scale", "2", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "holds no champion for x2"),
-        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "cannot be had"),
+        (["--model", "models:/m@champion", "--tracking-uri", f"sqlite:///{tmp_path}/m.db"], "registered are: none yet"),
     ):
         code, _, err = hatchery("upscale", "in.png", "out.png", *arguments)
         assert (code, message in err) == (2, True), err
@@ -342,46 +375,6 @@ def test_a_file_that_is_too_large_costs_itself_alone(hatchery, weights, tmp_path
     assert files(tmp_path / "out") == ["b.png"]
 
 
-@pytest.mark.parametrize("free_bytes", [10**7, 10**8, 10**9])
-@pytest.mark.parametrize("overlap", [0, 16, 40])
-def test_tiles_are_chosen_by_the_memory_that_is_free(free_bytes: int, overlap: int) -> None:
-    network = build("hat", 4, **SIZES)
-    smallest = max(2 * overlap, 8)
-    if smallest**2 * bytes_per_px(network) > free_bytes:
-        with pytest.raises(MemoryError, match=f"tiles of {smallest} px take .* free some"):
-            fitting_tile(network, (512, 640), overlap, free_bytes)
-        return
-    tile = fitting_tile(network, (512, 640), overlap, free_bytes)
-    whole = 512 * 640 * bytes_per_px(network) <= MEMORY_SHARE * free_bytes
-    assert (tile is None) == whole
-    if tile is not None:
-        assert tile % 8 == 0
-        assert tile >= smallest
-        taken = tile**2 * bytes_per_px(network)
-        assert taken <= max(MEMORY_SHARE * free_bytes, smallest**2 * bytes_per_px(network))
-
-
-def test_what_the_result_takes_is_not_given_to_tiles() -> None:
-    network = build("hat", 4, **SIZES)
-    result = output_bytes(4, (512, 640, 3), False)
-    assert 560 <= result / (512 * 640) <= 580
-    assert 752 <= output_bytes(4, (512, 640, 3), True) / (512 * 640) <= 770
-    assert fitting_tile(network, (512, 640), 32, 10**9 + result, result) == fitting_tile(network, (512, 640), 32, 10**9)
-    with pytest.raises(MemoryError, match=r"the result takes 0\.189 GB .* cut the image into parts"):
-        fitting_tile(network, (512, 640), 32, result, result)
-
-
-def test_a_containers_cached_files_count_as_free(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.upscale.CGROUP", tmp_path)
-    network = build("hat", 2, **SIZES)
-    everything = _free_bytes(network)
-    for name, text in (("max", "1000"), ("current", "900"), ("stat", "active_file 50\ninactive_file 300\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert _free_bytes(network) == 400
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _free_bytes(network) > 400 or everything <= 400
-
-
 def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monkeypatch) -> None:
     """By the compiler's front end alone: its back end would take minutes."""
     asked: list[dict[str, object]] = []
@@ -401,7 +394,7 @@ def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monk
 
 
 def test_too_little_memory_is_one_line(hatchery, weights, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.upscale._free_bytes", lambda network: 10**6)
+    monkeypatch.setattr("model.inference.free_bytes", lambda device: 10**6)
     write_picture(tmp_path / "in.png", Picture(levels(80, 80)))
     code, _, err = hatchery("upscale", tmp_path / "in.png", tmp_path / "out.png", "--weights", weights)
     assert (code, err.count("\n"), "GB are free: free some" in err) == (2, 1, True)
