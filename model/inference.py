@@ -38,13 +38,16 @@ class Upscaler:
         ensemble: bool = False,
         precision: str = "fp32",
         may_shrink: bool = True,
+        share: float | None = None,
     ) -> None:
         """Options as in `upscale`. `may_shrink` False: lack of memory is a MemoryError, reckoned before.
 
+        `share`: of the free memory (None: `MEMORY_SHARE`, or all where tiles may not shrink) for the network.
         ValueError for a tile not above its overlap, no batch, or a network in fp16.
         """
         self.network, self.tile, self.overlap, self.batch = network, tile, overlap, batch
         self.ensemble, self.precision, self.may_shrink = ensemble, precision, may_shrink
+        self.share = share or (MEMORY_SHARE if may_shrink else 1.0)
         self.most_px: int | None = None
         """The largest tile that may be tried, where memory ran out before; None: nothing is known."""
         self.tile_used: int | None = None
@@ -116,7 +119,7 @@ class Upscaler:
             result_bytes,
             batch=self.batch,
             precision=self.precision,
-            share=MEMORY_SHARE if self.may_shrink else 1.0,
+            share=self.share,
         )
 
     def describe(self, tile: int) -> str:

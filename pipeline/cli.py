@@ -94,7 +94,7 @@ def plan_command(
         if phase.global_batch < machines.gpus:
             raise ValueError(f"{machines.gpus} GPUs are more than the global batch {phase.global_batch}: use fewer")
     training = next(iter(loaded.trainings))
-    bf16 = loaded.phases[loaded.trainings[training].phase].precision != "fp32"
+    bf16 = capacity.measures_in_bf16(loaded.phases[loaded.trainings[training].phase])
     sample = capacity.measure_sample(loaded, training, bf16)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(capacity.memory_table(loaded, training, machines, sample))
@@ -161,7 +161,9 @@ def upscale_images(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="The mean over 8 flips and turns: a little better, 8 times slower.")
     ] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the processor has it.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 (emulated, and slow, where the processor lacks it), or auto.")
+    ] = "auto",
     compiled: Annotated[
         bool,
         typer.Option("--compile", help="By torch.compile: minutes for each new size; needs a C++ compiler."),

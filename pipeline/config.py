@@ -272,7 +272,9 @@ class PhaseConfig(Settings):
     adversarial: AdversarialConfig | None = Field(None, description="a discriminator's loss as well; null: none")
     grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the processor or GPU has it; weights are fp32 always"
+        "auto",
+        description="auto: bf16 autocast where the processor or GPU has it; bf16: also where it is emulated, slowly, "
+        "which is said; weights are fp32 always",
     )
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"

@@ -4,6 +4,7 @@ Needs only the package `model/`, which is copied beside it, so that it loads whe
 """
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from mlflow.pyfunc import PythonModel
 
 from model import load
-from model.inference import upscale
+from model.inference import Upscaler
+from model.limits import bound_threads
 from model.payload import RefusedError, answer
 
 
@@ -45,9 +47,10 @@ class SuperResolution(PythonModel):
     def load_context(self, context: Any) -> None:
         """Load the network from the model's artifacts, once."""
         options = json.loads(Path(context.artifacts["options"]).read_text())
-        self.network = load(context.artifacts["weights"], **options)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network.to(self.device)
+        network = load(context.artifacts["weights"], **options)
+        self.upscaler = Upscaler(network.to("cuda" if torch.cuda.is_available() else "cpu"), tile="auto")
+        self.one_at_a_time = threading.Lock()  # two images that each fit the memory may not fit it together
+        bound_threads()
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> Any:
         """Images of any size, one or several: see `model.payload`. RequestRefusedError for what is none."""
@@ -57,8 +60,9 @@ class SuperResolution(PythonModel):
             raise RequestRefusedError(str(error)) from error
 
     def _enlarged(self, image: np.ndarray) -> np.ndarray:
-        """One image: padded by reflection to what the network needs, and cut again."""
-        return upscale(self.network, image)
+        """One image: whole where it is likely to fit the free memory, else in tiles."""
+        with self.one_at_a_time:
+            return self.upscaler(image)
 
 
 mlflow.models.set_model(SuperResolution())

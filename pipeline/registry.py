@@ -207,9 +207,13 @@ def read_report(version: ModelVersion, folder: Path) -> list[SetResult]:
 
 
 def metric_tags(results: list[SetResult]) -> dict[str, str]:
-    """A model's figures as tags of its version: `psnr_y.Set5` and so on."""
-    return {
+    """A model's figures as tags of its version: `psnr_y.Set5` and so on, `tile.Set5` and `device.Set5` beside them."""
+    tags = {
         f"{metric}.{result.set}": f"{getattr(result, metric):.6f}"
         for result in results
         for metric in result.protocol.metrics
     }
+    for result in results:
+        if result.devices:  # reports from before it was kept have none
+            tags |= {f"tile.{result.set}": result.tiles, f"device.{result.set}": result.devices}
+    return tags

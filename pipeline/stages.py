@@ -268,7 +268,7 @@ def run_evaluate(work: Work) -> Artifact:
             work.tracker.log_metrics(work.run_id, _metrics_of(judged.result))
             work.display.update(len(results), len(asked.sets) * len(work.inputs), "evaluations")
     files = write_reports(results, archs, work.folder)
-    return work.publish(files | shown, {}, digest=digest_of([result.model_dump(mode="json") for result in results]))
+    return work.publish(files | shown, {}, digest=digest_of([result.what() for result in results]))
 
 
 def _metrics_of(result: SetResult) -> dict[str, float]:
