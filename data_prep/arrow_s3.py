@@ -220,6 +220,6 @@ def _naming(uri: str) -> Iterator[None]:
     """Turn what the server raises into the errors of a file system."""
     try:
         yield
-    except (ClientError, BotoCoreError, Boto3Error) as error:
+    except (ClientError, BotoCoreError, Boto3Error, RecursionError) as error:
         gone = isinstance(error, ClientError) and s3.is_missing(error)
         raise (FileNotFoundError if gone else OSError)(f"{uri}: {s3.reason(error)}") from error

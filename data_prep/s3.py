@@ -114,6 +114,8 @@ _BY_CODE = {
 def reason(error: Exception) -> str:
     """What went wrong and the remedy, in one line."""
     error = _answer(error)
+    if isinstance(error, RecursionError):  # botocore asks for the bucket's region, is redirected, asks again
+        return f"the server redirects every request, as one that wants https:// does; {_endpoint_remedy()}"
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
         if code == "404":
@@ -159,8 +161,8 @@ def _certificate_is_refused(error: object) -> bool:
     """Whether an error, or one that it wraps, is Python's word for a certificate that does not verify."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return True
-    wrapped = error.args if isinstance(error, Exception) else ()
-    return any(_certificate_is_refused(inner) for inner in (*wrapped, getattr(error, "reason", None)))
+    wrapped = (*error.args, getattr(error, "reason", None)) if isinstance(error, Exception) else ()
+    return any(_certificate_is_refused(inner) for inner in wrapped)
 
 
 def may_pass(error: Exception) -> bool:

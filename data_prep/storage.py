@@ -331,7 +331,7 @@ def filesystem(uri: str) -> tuple["FileSystem", str]:
 def may_pass(error: StorageError) -> bool:
     """Whether the same call may succeed later: the storage is away, busy or full, rather than that it said no."""
     cause = error.__cause__
-    if isinstance(cause, OSError):
+    if isinstance(cause, OSError) and not isinstance(cause, BotoCoreError):  # some of which are both
         return cause.errno not in _REMEDIES or cause.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(cause, Exception) and not isinstance(error, DamageError) and s3.may_pass(cause)
 
@@ -346,7 +346,7 @@ def _naming(uri: str) -> Iterator[None]:
     except ClientError as error:
         kind = DamageError if s3.is_missing(error) else StorageError
         raise kind(f"{normalise(uri)}: {s3.reason(error)}") from error
-    except (BotoCoreError, Boto3Error) as error:
+    except (BotoCoreError, Boto3Error, RecursionError) as error:
         raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0) or f"{error.strerror or error}; check the path"
