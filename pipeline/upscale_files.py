@@ -68,9 +68,16 @@ def plan(source: str, target: str, naming: Naming | None = None, passed_over: Pa
     A folder's images keep their names and places below the target; a single one may be given a folder, too. What is
     no image is counted in `passed_over`.
     """
-    naming, passed_over = naming or Naming(), PassedOver() if passed_over is None else passed_over
-    into = Path(target)
-    _refuse_unwritable(into)
+    if not source or not target:
+        raise ValueError(f"{'OUT' if source else 'IN'} is empty: name an image or a folder ('.' is this one)")
+    try:
+        return _planned(source, target, naming or Naming(), PassedOver() if passed_over is None else passed_over)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ValueError(f"{error.filename or target} cannot be looked at: {error.strerror or error}") from error
+
+
+def _planned(source: str, target: str, naming: Naming, passed_over: PassedOver) -> Plan:
+    _refuse_unwritable(Path(target))
     if Path(source).is_dir():
         made = _of_folder(Path(source), target, naming, passed_over)
     elif Path(source).is_file():
@@ -228,7 +235,7 @@ def _existing(target: Path) -> Path:
 def refuse_below_a_file(target: Path) -> None:
     """ValueError where a folder that the target needs is a file."""
     for folder in target.parents:
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             raise ValueError(f"{target} cannot be written: {folder} is a file, no folder")
 
 

@@ -162,6 +162,8 @@ def test_a_resolution_alone_is_kept_everywhere(tmp_path: Path) -> None:
         dpi = read_picture(tmp_path / name).metadata.dpi
         assert dpi == pytest.approx((200, 200), rel=1e-3), name
     Image.new("RGB", (9, 7)).save(tmp_path / "none.jpg")
+    Image.new("RGB", (9, 7)).save(tmp_path / "many.png", dpi=(1e6, 1e6))
+    assert read_picture(tmp_path / "many.png").metadata.dpi is None, "no format's business"
     assert read_picture(tmp_path / "none.jpg").metadata.dpi is None
 
 

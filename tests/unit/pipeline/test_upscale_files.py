@@ -129,9 +129,15 @@ def test_places_that_cannot_be(images: Path, tmp_path: Path) -> None:
         (tmp_path / "dangling.png", "x.png", "dangling.png is a link to what is not there"),
         (tmp_path / "pipe.png", "x.png", "pipe.png is neither a file nor a folder"),
         (tmp_path / "nope", "x", "nope does not exist"),
+        (images, "x" * 300, "x cannot be looked at: File name too long"),
+        (images / ("x" * 300), "x.png", "x cannot be looked at: File name too long"),
+        (images / "deep.png", "pipe.png/x.png", r"pipe\.png is a file, no folder"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(str(source), f"{tmp_path}/{out}")
+    for names, empty in ((("", "x.png"), "IN"), (("in.png", ""), "OUT")):
+        with pytest.raises(ValueError, match=f"{empty} is empty: name an image"):
+            plan(*names)
     assert targets(images, out="folder.png"), "a folder that is there may be called so"
     assert plan(str(images), f"{tmp_path}/new.png/").jobs
     assert plan(str(images), str(tmp_path / "taken")).problems == [
