@@ -217,7 +217,7 @@ def for_other_machines() -> dict[str, str]:
     return found
 
 
-def _url(session: botocore.session.Session, **options: bool) -> str:
+def _url(session: botocore.session.Session, **options: Any) -> str:
     config = Config(signature_version=botocore.UNSIGNED, **options)  # needs no credentials
     return str(session.create_client("s3", config=config).meta.endpoint_url)
 
