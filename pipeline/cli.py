@@ -120,6 +120,28 @@ def plan_command(
         capacity_report.for_gpus(loaded, nodes, gpus, gpu_memory, step_time, image_kb, console)
 
 
+@app.command("config")
+def config_command(
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, or a section with all below it; default all.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With the values of this one: YAML file, or the name of one in configs/recipe.")
+    ] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    debug: Tracebacks = False,
+) -> None:
+    """Print every key of a recipe: its value, its default, what it is for, what it takes."""
+    from pipeline import config_reference
+    from pipeline.config import load_recipe
+
+    if override and recipe is None:
+        raise ValueError(f"--set {override[0]} needs a recipe to change: give --recipe")
+    loaded = load_recipe(recipe, override or []) if recipe is not None else None
+    for found in config_reference.chosen(config_reference.keys(loaded), key):
+        typer.echo(found.as_line())
+
+
 @app.command("upscale")
 def upscale_images(
     source: Annotated[str, typer.Argument(metavar="IN", help="An image, or a folder of images.")],
