@@ -220,18 +220,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    """Whether a user can cause an error: also what MLflow refuses."""
+    return isinstance(error, (*_USERS_ERRORS, *_mlflow_errors()))
+
+
+def _mlflow_errors() -> tuple[type[Exception], ...]:
+    """MLflow's errors; none where MLflow, which is slow to import, was not imported."""
     mlflow = sys.modules.get("mlflow.exceptions")
-    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+    return (mlflow.MlflowException,) if mlflow is not None else ()
 
 
 def _one_line(error: Exception) -> str:
     """The error's own words without secrets; of one that came through Ray, the words of its cause."""
     cause = getattr(error, "cause", None)
     found = cause if isinstance(cause, Exception) else error
-    if isinstance(found, ValueError | OSError | MemoryError):
-        return without_secrets(str(found))
-    return without_secrets(f"MLflow refuses: {' '.join(str(found).split())[:300]}")
+    if isinstance(found, _mlflow_errors()):
+        return without_secrets(f"MLflow refuses: {' '.join(str(found).split())[:300]}")
+    return without_secrets(str(found))
 
 
 if __name__ == "__main__":
