@@ -312,9 +312,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    """Whether a user can cause an error: also what MLflow refuses."""
+    return isinstance(error, (*_USERS_ERRORS, *_mlflow_errors()))
+
+
+def _mlflow_errors() -> tuple[type[Exception], ...]:
+    """MLflow's errors; none where MLflow, which is slow to import, was not imported."""
     mlflow = sys.modules.get("mlflow.exceptions")
-    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+    return (mlflow.MlflowException,) if mlflow is not None else ()
 
 
 def _one_line(error: Exception, command: str) -> str:
@@ -325,7 +330,7 @@ def _one_line(error: Exception, command: str) -> str:
     """
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
-    if not isinstance(told, ValueError | OSError | MemoryError):
+    if isinstance(told, _mlflow_errors()):
         return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
     text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
     lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many
