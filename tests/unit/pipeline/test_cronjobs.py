@@ -123,7 +123,7 @@ def test_the_image_must_be_named_and_can_be_built() -> None:
         cronjobs.render(example("schedule.image=null"), "cronjob", EXAMPLE)
     lines = (ROOT / "infra" / "Dockerfile").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for package in [*project["tool"]["setuptools"]["packages"], "configs"]:
+    for package in {package.partition(".")[0] for package in project["tool"]["setuptools"]["packages"]}:
         assert f"COPY {package} {package}" in lines
     assert f"WORKDIR {example().schedule.working_dir}" in lines
     assert f"ray=={cronjobs.RAY_VERSION} \\" in (ROOT / "requirements.txt").read_text().splitlines()

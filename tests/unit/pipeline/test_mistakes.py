@@ -255,6 +255,15 @@ def good(bench: Bench) -> dict[str, list[str]]:
 COMMANDS = list(good(Bench(Path("/"), {}, {})))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a drawn word makes, by its relative path, is made in a folder of this module's."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("here"))
+    yield
+    os.chdir(before)
+
+
 def call(arguments: list[str]) -> tuple[int, str]:
     """Exit code, and what was written to both streams; whatever else the command raises is the fault looked for."""
     out, err = io.StringIO(), io.StringIO()

@@ -17,7 +17,8 @@ MANY = 105  # MLflow answers with 100 at a time
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
     """Many models, in whose alphabet the champions come last."""
-    found = MlflowClient(f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db")
+    uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db"
+    found = MlflowClient(uri, uri)
     for number in range(MANY):
         found.create_registered_model(f"model-{number:03}")
     for name in ("z-x2", "z'x3"):
@@ -52,7 +53,7 @@ def test_all_that_is_asked_of_a_model_whatever_it_is_called(client: MlflowClient
 
 @pytest.mark.parametrize("name", ["absent", "a:b", "..", "'\"", " "])
 def test_a_model_that_is_not_there_or_cannot_be_is_one_line(client: MlflowClient, name: str) -> None:
-    with pytest.raises(ValueError, match=r"registered are: model-000, .*, model-009$"):
+    with pytest.raises(ValueError, match=r"registered are: model-000, .* and 95 more"):
         registry.registered(client, name)
 
 

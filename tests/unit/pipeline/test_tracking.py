@@ -91,7 +91,7 @@ def test_every_ranks_warning_is_kept_whole(tracker: Tracker, said: list[str]) ->
     work = SimpleNamespace(
         stage=SimpleNamespace(name="train"), tracker=tracker, run_id=run_id, display=SimpleNamespace(say=said.append)
     )
-    handle = stages._training_records(work, 10, {})
+    handle = stages._training_records(work, {})
     long = f"rank 2 had {', '.join(f'n0{number}' for number in range(2000))}"
     warnings = ["rank 0 had a", "rank 1 had b", long, "6 steps in a row: going back", "rank 0 had c"]
     for warning in warnings:
