@@ -1,9 +1,13 @@
 """Places that would lose a run's results are refused before any work."""
 
+from typing import Any
+
 import pytest
 
+from data_prep import s3, storage
 from pipeline import lasting, places
 from pipeline.config import ConfigError, Places, StorageConfig, TrackingConfig
+from tests.literal_s3 import literal_s3
 
 
 def check(storage: str, tracking: str | None = None) -> None:
@@ -60,3 +64,34 @@ def test_rays_marker_of_a_job_has_this_name() -> None:
 
 def test_what_other_nodes_do_not_see(tmp_path: object) -> None:
     assert places._fault(f"{tmp_path}/absent", patience_s=0.1) == "it is not there"
+
+
+@pytest.mark.integration
+def test_an_s3_that_the_nodes_do_not_see_is_refused_before_work(
+    ray_local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes were started before this server: they look elsewhere, as nodes do without our profile."""
+    with literal_s3(monkeypatch) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with pytest.raises(
+            ValueError, match=r"^storage\.uri 's3://bucket/runs' is not seen from \S+ as from here \("
+        ) as caught:
+            places.check_shared("s3://bucket/runs")
+    assert "give the nodes the same S3, by the AWS_* variables" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert server.objects == {}
+
+
+def test_buckets_of_a_recipe_are_used_by_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(s3.ANONYMOUS, "")
+    monkeypatch.setenv(s3.REQUESTER_PAYS, "")
+    config = StorageConfig.model_validate({"s3": {"anonymous": ["public"], "requester_pays": ["paid-*"]}})
+    places.use_buckets(Places(storage=config))
+    assert s3.for_other_machines().items() >= {s3.ANONYMOUS: "public", s3.REQUESTER_PAYS: "paid-*"}.items()
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket//runs", "s3:////runs", "s3://bucket/a//b/"])
+def test_a_storage_with_an_empty_part_is_a_variable_that_was_not_set(uri: str) -> None:
+    with pytest.raises(ValueError, match=r"has an empty part: write 's3://"):
+        StorageConfig(uri=uri)
+    assert storage.normalise(StorageConfig(uri="s3://bucket/runs/").uri) == "s3://bucket/runs"
