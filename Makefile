@@ -1,31 +1,34 @@
 # The project's commands; `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= python3.11
+# The newest supported Python that runs and can make environments (a pyenv shim, or Debian's python without venv, cannot).
+PYTHON ?= $(firstword $(foreach v,3.14 3.13 3.12 3.11,$(shell python$(v) -c 'import ensurepip, venv' 2>/dev/null && echo python$(v))))
 VENV := .venv
 BIN := $(VENV)/bin
 # Workers start twice as fast with compiled modules, so never let the environment forbid writing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint unit integration bench lock clean
+.PHONY: help setup demo test lint unit masked integration bench lock check-lock clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(VENV)/.ready ## make .venv and install the locked dependencies
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: install Python 3.11, or set PYTHON=..." >&2; exit 2; }
-	@echo "Making $(VENV) and installing the locked dependencies (about 3 minutes, 2.4 GB) ..."
+$(VENV)/.ready: pyproject.toml requirements.txt tests/requirements.txt infra/torch-builds.txt infra/lock.py
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.14 with venv was found: install one (Debian: python3 and python3-venv), or set PYTHON=..." >&2; exit 2; }
+	@test -x $(BIN)/python || command -v "$(PYTHON)" >/dev/null || { echo "PYTHON=$(PYTHON) is not installed" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,export,dev]'
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "$(VENV) has $$($(BIN)/python --version), Hatchery needs 3.11 to 3.14: remove $(VENV), or set PYTHON=..." >&2; exit 2; }
+	@echo "Installing the locked dependencies in $(VENV), which has $$($(BIN)/python --version) (about 4 minutes, 2.4 GB) ..."
+	@$(BIN)/python infra/lock.py install --extra demo --extra export --extra dev
 	@touch $@
 
 demo: setup ## run the main job on photographs that scikit-image ships: local Ray, folder runs/, MLflow on SQLite
 	@echo "Running the whole recipe configs/recipe/demo.yaml; finished stages in runs/ are not run again ..."
 	@$(BIN)/python pipeline/pretrain.py --recipe configs/recipe/demo.yaml
 
-test: lint unit integration ## everything: lint, types, unit and parity tests, integration tests with real servers
+test: lint unit masked integration ## everything: lint, types, unit and parity tests, integration tests with real servers
 
 lint: setup ## ruff and mypy
 	@echo "Lint and types ..."
@@ -37,6 +40,10 @@ unit: setup ## unit and parity tests
 	@echo "Unit and parity tests ..."
 	@$(BIN)/pytest -q -n auto -m 'not integration' tests
 
+masked: setup ## tests of the networks once more, as on a processor without AVX-512
+	@echo "Tests of the networks with the processor's features masked ..."
+	@$(BIN)/python -m tests.masked
+
 integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
 	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
@@ -45,10 +52,11 @@ bench: setup ## speed and memory as ratios, both sides measured in one run (see 
 	@missed=0; for part in networks training data_pairs data_sharding data_planning; do \
 	   echo "tests.bench.$$part"; $(BIN)/python -m tests.bench.$$part || missed=1; done; exit $$missed
 
-lock: setup ## renew constraints.txt (needs uv: pip install uv)
-	@( echo "# Every version this project is tested with; pip reads it as constraints (make setup). Renew it with: make lock"; \
-	   uv pip compile pyproject.toml --extra demo --extra export --extra dev --no-annotate --no-header --quiet --no-config ) > constraints.new
-	@mv constraints.new constraints.txt
+lock: setup ## renew requirements.txt after a change of pyproject.toml (UPGRADE=--upgrade: every version)
+	@$(BIN)/python infra/lock.py renew $(UPGRADE)
+
+check-lock: setup ## ask the package index whether requirements.txt resolves for every supported Python
+	@$(BIN)/python infra/lock.py check
 
 clean: ## remove the demo's results and caches (not .venv)
 	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache

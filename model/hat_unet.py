@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.attention import WindowAttention
 from model.blocks import DropPath, Mlp
-from model.frame import Frame, FrameConfig, run_block
+from model.frame import Frame, FrameConfig, RestorationHead, run_block
 from model.init import published_init
 from model.lean import Linear, Remake, add, gelu, in_compute_dtype
 from model.windows import shift_masks, window_index
@@ -39,6 +39,8 @@ class HatUnetConfig(FrameConfig):
     """Attention heads of each level."""
     window_size: int = 8
     """Side of a window, in pixels of its level; even."""
+    restoration_head: RestorationHead = "residual"
+    """As in `FrameConfig`; a U for restoration adds what it computes to its input, and no other program reads it."""
     fusion: Fusion = "gate"
     """How a block joins its branches: a linear layer over both, their sum, or a learned mixture at every pixel."""
     refinement: int = 4

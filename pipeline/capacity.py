@@ -11,6 +11,7 @@ from torch import nn
 from data_prep.loader import micro_batches_per_step
 from model import build
 from model.losses import build_loss
+from model.precision import has_bf16
 from pipeline.arithmetic import macs_per_sample
 from pipeline.autobatch import CPU_TEMPORARIES, MARGIN
 from pipeline.config import PhaseConfig, Recipe
@@ -41,6 +42,14 @@ class Sample:
     kept: dict[str, float]
     time_s: float
     gmacs: float
+
+
+def measures_in_bf16(phase: PhaseConfig) -> bool:
+    """Whether a sample is measured in bf16: where the phase may use it, and this machine's CPU computes in it.
+
+    Where bf16 is only emulated it would take minutes, and its time would say nothing.
+    """
+    return phase.precision != "fp32" and has_bf16(torch.device("cpu"))
 
 
 def measure_sample(recipe: Recipe, training: str, bf16: bool) -> Sample:
@@ -146,6 +155,8 @@ def notes(recipe: Recipe, training: str, machines: Machines, sample: Sample, giv
         if given
         else "step times are one process of this machine's CPU for each GPU: measure yours and give --step-time",
     ]
+    if phase.precision != "fp32" and not measures_in_bf16(phase):
+        lines.append("measured in fp32, since this CPU has no bf16: in bf16, as GPUs take it, a sample keeps less")
     if phase.perceptual or phase.adversarial:
         lines.append("perceptual and adversarial losses are left out: VGG's activations, the discriminator, their time")
     passes = micro_batches_per_step(phase.global_batch, 1, machines.gpus)

@@ -32,7 +32,7 @@ def for_gpus(
         if phase.global_batch < machines.gpus:
             raise ValueError(f"{machines.gpus} GPUs are more than the global batch {phase.global_batch}: use fewer")
     training = next(iter(recipe.trainings))
-    bf16 = recipe.phases[recipe.trainings[training].phase].precision != "fp32"
+    bf16 = capacity.measures_in_bf16(recipe.phases[recipe.trainings[training].phase])
     sample = capacity.measure_sample(recipe, training, bf16)
     console.print(capacity.memory_table(recipe, training, machines, sample))
     console.print(capacity.training_table(recipe, machines, sample, step_time_s, image_kb))

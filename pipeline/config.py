@@ -5,18 +5,22 @@ artifact's fingerprint, so moving a run to other machines never changes what it 
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from data_prep import storage
 from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
+from data_prep.image_files import PassedOver
 from data_prep.pairs import OnDamage
+from data_prep.redact import redacted
 from model.losses import STAGE_WEIGHTS
 from model.presets import PRESETS, arguments_of, configure
 from pipeline import config_files
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set
+from pipeline.names import ModelName, Name
 from pipeline.rule import GateConfig
 from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
 from pipeline.suggest import did_you_mean
@@ -26,14 +30,38 @@ __all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten
 EVALUATION_SCALES = (1, 2, 3, 4, 8)
 
 
+class S3Config(Settings):
+    """Buckets that are read in another way than by this process's credentials; the rest is AWS's own settings."""
+
+    anonymous: tuple[str, ...] = Field(
+        (),
+        description="names or globs of public buckets, read without credentials; with those in $HATCHERY_S3_ANONYMOUS",
+    )
+    requester_pays: tuple[str, ...] = Field(
+        (),
+        description="names or globs of buckets that bill who reads them, which is agreed to; with those in "
+        "$HATCHERY_S3_REQUESTER_PAYS",
+    )
+
+
 class StorageConfig(Settings):
-    """Where artifacts are kept."""
+    """Where artifacts are kept, and how S3 is reached."""
 
     uri: str = Field(
         "runs",
         description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
         "and in a Ray job its path absolute",
     )
+    s3: S3Config = S3Config()
+
+    @field_validator("uri")
+    @classmethod
+    def _without_empty_parts(cls, uri: str) -> str:
+        """Keys with empty parts are other people's: here, one is a variable that was not set."""
+        key = uri.removeprefix("s3://")
+        if uri != key and "//" in key:
+            raise ValueError(f"{uri!r} has an empty part: write {'s3://' + re.sub('/+', '/', key)!r}")
+        return uri
 
 
 class TrackingConfig(Settings):
@@ -41,9 +69,12 @@ class TrackingConfig(Settings):
 
     uri: str | None = Field(
         None,
-        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri",
+        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri. A login "
+        "in it is used and stored nowhere; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD do as well",
     )
-    experiment: str = Field("hatchery", description="MLflow experiment that holds the runs")
+    experiment: str = Field(
+        "hatchery", min_length=1, max_length=500, description="MLflow experiment that holds the runs"
+    )
 
 
 class ComputeConfig(Settings):
@@ -241,7 +272,9 @@ class PhaseConfig(Settings):
     adversarial: AdversarialConfig | None = Field(None, description="a discriminator's loss as well; null: none")
     grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the processor or GPU has it; weights are fp32 always"
+        "auto",
+        description="auto: bf16 autocast where the processor or GPU has it; bf16: also where it is emulated, slowly, "
+        "which is said; weights are fp32 always",
     )
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
@@ -281,7 +314,9 @@ class PhaseConfig(Settings):
 
     def milestones_of(self, steps: int | None) -> list[float]:
         """The milestones in steps of a training of `steps`; without shares while that is not known."""
-        return [at if isinstance(at, int) else at * steps for at in self.milestones if isinstance(at, int) or steps]
+        if steps is None:
+            return [at for at in self.milestones if isinstance(at, int)]
+        return [at if isinstance(at, int) else at * steps for at in self.milestones]
 
     @property
     def first_milestone_share(self) -> float:
@@ -388,9 +423,10 @@ class HoldOutConfig(Settings):
 class EvaluateConfig(Settings):
     """Benchmarks by the published protocol."""
 
-    sets: dict[str, str] = Field(
+    sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), of SelfExSR's layout, or of "
+        "images; or photographs:",
     )
     hold_out: dict[str, HoldOutConfig] = Field(
         default_factory=dict, description="name -> images of a training set that judge instead of training"
@@ -404,15 +440,15 @@ class EvaluateConfig(Settings):
     pictures: int = Field(2, ge=0, description="so many of the worst images, and of the best, as pictures per set")
     protocol: Protocol = Protocol()
 
-    def images(self, name: str, scale: int) -> list[BenchmarkImage]:
-        """A set's images at a scale. ValueError as `read_set`."""
-        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()))
+    def images(self, name: str, scale: int, passed_over: PassedOver | None = None) -> list[BenchmarkImage]:
+        """A set's images at a scale; `passed_over` counts what is none. ValueError as `read_set`."""
+        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()), passed_over)
 
 
 class RegistryConfig(Settings):
     """The MLflow model registry and the gate before `champion`."""
 
-    name: str = Field(description="registered model name; the scale is appended: NAME-x2")
+    name: ModelName = Field(description="registered model name; the scale is appended: NAME-x2")
     gate: GateConfig
     anchor: str | None = Field(
         None, description="models:/NAME/VERSION that gate.not_worse is asked about as well as the champion; null: none"
@@ -426,19 +462,24 @@ class Places(Settings):
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, dump: SerializerFunctionWrapHandler) -> Any:
+        """Whatever is stored or shown of it has no login in a URI; the object itself keeps what it was given."""
+        return redacted(dump(self))
+
 
 class Recipe(Places):
     """Everything about one run of the pipeline."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="of the run in MLflow")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200, description="of the run in MLflow")]
     seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
     model: ModelConfig
-    data: dict[str, DataConfig]
-    mixes: dict[str, tuple[MixPartConfig, ...]] = Field(
+    data: dict[Name, DataConfig]
+    mixes: dict[Name, tuple[MixPartConfig, ...]] = Field(
         default_factory=dict, description="name -> sets served together by shares, exactly and whatever the workers"
     )
-    phases: dict[str, PhaseConfig]
-    trainings: dict[str, TrainingConfig]
+    phases: dict[Name, PhaseConfig]
+    trainings: dict[Name, TrainingConfig]
     validation: ValidationConfig = ValidationConfig()
     cascade: CascadeConfig = CascadeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -521,9 +562,9 @@ def _check_references(recipe: Recipe) -> None:
             raise ValueError(f"{name!r} is in data and in mixes: give the mix another name")
     for name, phase in recipe.phases.items():
         if phase.data not in (*recipe.data, *recipe.mixes):
-            known = (*recipe.data, *recipe.mixes)
-            meant = did_you_mean(phase.data, known)
-            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(known)}{meant}")
+            sets = (*recipe.data, *recipe.mixes)
+            meant = did_you_mean(phase.data, sets)
+            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(sets)}{meant}")
 
 
 def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
@@ -634,4 +675,10 @@ def tracking_uri(places: Places) -> str:
             f"tracking.uri is not set and storage.uri {places.storage.uri!r} is not a local folder: "
             f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{storage.normalise(places.storage.uri)}/mlflow.db"
+    folder = storage.normalise(places.storage.uri)
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", folder):
+        raise ConfigError(
+            f"storage.uri {places.storage.uri!r} has ? or %.. in its name, which MLflow takes for more than a name: "
+            f"call the folder something else, or give tracking.uri"
+        )
+    return f"sqlite:///{folder}/mlflow.db"

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from data_prep.degrade import Kind
 from pipeline.config import EvaluateConfig, PhaseConfig, Places, check_batch
 from pipeline.cron import check_cron
+from pipeline.names import check_model_name
 from pipeline.rule import GateConfig
 from pipeline.settings import Settings, load_settings
 from pipeline.suggest import did_you_mean
@@ -101,7 +102,7 @@ class DomainConfig(Places):
     def _models_are_named(self) -> "DomainConfig":
         if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/\d+)", self.base):
             raise ValueError(f"base {self.base!r} names no version: write models:/NAME@champion or models:/NAME/N")
-        if self.registered_as and not re.search(r".-x\d$", self.registered_as):
+        if self.registered_as and not re.search(r".-x\d$", check_model_name(self.registered_as)):
             raise ValueError(f"registered_as {self.registered_as!r} does not tell its scale: end it in -x2, -x3 or -x4")
         return self
 

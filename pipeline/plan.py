@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
+from model import build
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe, digest_of
@@ -12,7 +15,7 @@ from pipeline.suggest import did_you_mean
 Kind = Literal["shard", "mix", "train", "cascade", "evaluate", "register", "promote"]
 
 # Raise a kind's number when its code changes what it produces from the same config and inputs.
-VERSIONS: dict[Kind, int] = {"shard": 3, "mix": 1, "train": 2, "cascade": 2, "evaluate": 3, "register": 2, "promote": 3}
+VERSIONS: dict[Kind, int] = {"shard": 3, "mix": 1, "train": 2, "cascade": 2, "evaluate": 4, "register": 3, "promote": 3}
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,13 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
     stages = []
     start = training.init_from
     if training.init_weights or (start and recipe.trainings[start].scale != training.scale):
-        begin = {
+        begin: dict[str, Any] = {
             "model": recipe.model.model_dump(mode="json"),
             "scale": training.scale,
             "seed": training.seed,
         }
         begin |= recipe.cascade.model_dump(mode="json") | {"weights": outside.weights.get(name)}
+        begin |= _head_of(recipe, training.scale)
         cascade = f"cascade-{start or 'published'}-to-{name}"
         stages.append(Stage(cascade, "cascade", "cascade", (start,) if start else (), begin))
         start = cascade
@@ -128,6 +132,7 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
         "phase": phase.what(),
         "training": training.model_dump(mode="json", exclude={"init_from", "init_weights", "phase"}),
         "seed": recipe.seed,
+        **_head_of(recipe, training.scale),
     }
     if training.phase in outside.backbones:
         config["backbone"] = outside.backbones[training.phase]
@@ -139,6 +144,15 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
             config["best"]["degrade"] = [step.model_dump(mode="json") for step in steps]
     stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps or 0, phase.length))
     return stages
+
+
+def _head_of(recipe: Recipe, scale: int) -> dict[str, str]:
+    """How a network of scale 1 ends, unless as all did when fingerprints had no word for it: those still count."""
+    if scale > 1:
+        return {}
+    with torch.device("meta"):
+        network = build(recipe.model.arch, scale, **recipe.model.options)
+    return {} if network.is_residual else {"restoration_head": "reconstruction"}
 
 
 def select(stages: list[Stage], names: list[str] | None, first: str | None, last: str | None) -> set[str]:

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import functools  # noqa: E402
 import tempfile  # noqa: E402
 
+from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import storage  # noqa: E402
@@ -61,14 +62,16 @@ def run(
         else:
             artifacts = {entry.stage.name: entry.artifact for entry in planned if entry.artifact}
             console.print(f"{len(artifacts)} of {len(found)} stages are done, nothing to run", highlight=False)
+        if tracker.parent_id is not None:
+            tracker.finish(tracker.parent_id)
+        elif len(artifacts) == len(found):
+            tracker.finish_left()
     except BaseException as error:
         if tracker.parent_id is not None:
             tracker.abandon(tracker.parent_id, error)
+        if isinstance(error, MlflowException):
+            raise tracker.refusal(tracker.parent_id, error) from error
         raise
-    if tracker.parent_id is not None:
-        tracker.finish(tracker.parent_id)
-    elif len(artifacts) == len(found):
-        tracker.finish_left()
     _conclude(recipe, artifacts, tracker, console)
     return artifacts
 
@@ -127,6 +130,8 @@ def _run_stage(
             return stages.RUN[stage.kind](work)
     except BaseException as error:
         tracker.abandon(run_id, error)
+        if isinstance(error, MlflowException):
+            raise tracker.refusal(run_id, error) from error
         if isinstance(error, OSError):
             raise ValueError(describe_os_error(error, f"stage {stage.name}")) from error
         raise

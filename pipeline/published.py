@@ -64,6 +64,7 @@ def beside(arch: str | None, scale: int, name: str) -> list[Published]:
 def preset_of(state: Mapping[str, Tensor]) -> str | None:
     """The published network whose sizes a state dict has (hat_s, hat, hat_l, hmanet), or None."""
     found = recognise(state)
+    found.pop("restoration_head", None)
     for arch in PRESETS:
         with torch.device("meta"):
             config: dict[str, Any] = build(arch, found["scale"]).config

@@ -29,6 +29,9 @@ from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
 from data_prep.degrade import check  # noqa: E402
+from data_prep.image_files import PassedOver  # noqa: E402
+from data_prep.layouts import training_items  # noqa: E402
+from data_prep.uri import printable  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
 from pipeline import pretrain, registry, tracking  # noqa: E402
 from pipeline.config import (  # noqa: E402
@@ -119,7 +122,10 @@ def _choose_images(
     domain: DomainConfig, ledger: Ledger, rounds: list[Round], now: bool, say: Callable[[str], None]
 ) -> list[NewImage] | None:
     """The images of a new round with their roles, if enough is new; None, having said so, if not."""
-    new, unusable = ledger.new_images(_arrived(domain), domain.min_side_px)
+    passed_over = PassedOver()
+    new, unusable = ledger.new_images(_arrived(domain, passed_over), domain.min_side_px)
+    if said := passed_over.describe():
+        say(f"{domain.name}: {said}")
     if unusable:
         say(f"{domain.name}: {unusable} files cannot be used (damaged, or a side below {domain.min_side_px} px)")
     waited_days = ledger.waited_s(new) / DAY_S
@@ -145,14 +151,12 @@ def _num_held(images: Sequence[NewImage]) -> int:
     return sum(image.role == "hold-out" for image in images)
 
 
-def _arrived(domain: DomainConfig) -> list[sources.Item]:
+def _arrived(domain: DomainConfig, passed_over: PassedOver) -> list[sources.Item]:
     """What lies at the domain's source now; an empty folder is no error here."""
     try:
-        return sources.list_items(domain.source, list(domain.include), list(domain.exclude))
-    except storage.StorageError:
-        raise
-    except ValueError as error:
-        if "no images" in str(error) and _is_there(domain.source):
+        return list(training_items(domain.source, list(domain.include), list(domain.exclude), passed_over))
+    except sources.NoImagesError:
+        if _is_there(domain.source):
             return []
         raise
 
@@ -290,7 +294,7 @@ def dry_run(domain: DomainConfig, console: Console, now: bool = False) -> None:
 
 def _speaker(console: Console) -> Callable[[str], None]:
     """What prints a line as it is."""
-    return lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+    return lambda text: console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from data_prep import storage
+from data_prep.image_files import PassedOver
 from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
 from model import build
-from model.weights import load_parameters, read_weights, save_network
+from model.weights import UNTOLD, load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
@@ -88,6 +89,7 @@ def run_shard(work: Work) -> Artifact:
         include=list(data.include),
         exclude=list(data.exclude),
         progress=lambda done, total: work.display.update(done, total, "shards"),
+        say=lambda text: work.display.say(f"      {text}"),
     )
     index = work.folder / INDEX_NAME
     storage.download(storage.join(work.place, INDEX_NAME), index)
@@ -256,14 +258,17 @@ def run_evaluate(work: Work) -> Artifact:
         path = artifacts.fetch(trained, PTH, work.folder)
         weights, archs[name] = Weights.put(path.read_bytes(), load_options(work.recipe)), preset_of(read_weights(path))
         for set_name in asked.sets:
-            images = asked.images(set_name, scale)
+            passed_over = PassedOver()
+            images = asked.images(set_name, scale, passed_over)
+            if said := passed_over.describe():
+                work.display.say(f"      {set_name}: {said}")
             judged = evaluate(name, scale, weights, set_name, images, asked.protocol)
             results.append(judged.result)
             shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)
             work.tracker.log_metrics(work.run_id, _metrics_of(judged.result))
             work.display.update(len(results), len(asked.sets) * len(work.inputs), "evaluations")
     files = write_reports(results, archs, work.folder)
-    return work.publish(files | shown, {}, digest=digest_of([result.model_dump(mode="json") for result in results]))
+    return work.publish(files | shown, {}, digest=digest_of([result.what() for result in results]))
 
 
 def _metrics_of(result: SetResult) -> dict[str, float]:
@@ -287,9 +292,7 @@ def write_reports(results: list[SetResult], archs: dict[str, str | None], folder
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The model options that `model.load` cannot read off the weights."""
-    return {
-        key: value for key, value in recipe.model.options.items() if key in ("num_heads", "conv_scale", "interval_size")
-    }
+    return {key: value for key, value in recipe.model.options.items() if key in ("num_heads", *UNTOLD)}
 
 
 def run_register(work: Work) -> Artifact:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from data_prep import sources, storage
+from data_prep.layouts import training_items
 from data_prep.sources import Item
 from pipeline import plan
+from pipeline.benchmark import set_fingerprint
 from pipeline.config import Recipe
 from pipeline.hold_out import with_held_out
 from pipeline.lasting import check_lasting
@@ -48,11 +50,21 @@ def survey(recipe: Recipe) -> Outside:
     amounts: dict[str, Amount] = {}
     return Outside(
         {
-            name: _fingerprint(data.source, data.include, data.exclude, amounts.setdefault(name, Amount()))
+            name: sources.fingerprint(
+                _counted(
+                    training_items(data.source, list(data.include), list(data.exclude)),
+                    amounts.setdefault(name, Amount()),
+                )
+            )
             for name, data in used.items()
         },
         {
-            name: _fingerprint(uri, recipe.evaluate.include.get(name, ()), (), amounts.setdefault(name, Amount()))
+            name: set_fingerprint(
+                _counted(
+                    sources.iter_items(uri, list(recipe.evaluate.include.get(name, ()))),
+                    amounts.setdefault(name, Amount()),
+                )
+            )
             for name, uri in recipe.evaluate.sets.items()
         },
         _weights(recipe),
@@ -67,11 +79,6 @@ def _weights(recipe: Recipe) -> dict[str, str]:
     from pipeline import cascade
 
     return cascade.check_published(recipe)
-
-
-def _fingerprint(source: str, include: Iterable[str], exclude: Iterable[str], amount: Amount) -> str:
-    """Of the images of a source, which are counted on the way."""
-    return sources.fingerprint(_counted(sources.iter_items(source, list(include), list(exclude)), amount))
 
 
 def _counted(items: Iterable[Item], amount: Amount) -> Iterator[Item]:

@@ -59,4 +59,4 @@ def test_rays_marker_of_a_job_has_this_name() -> None:
 
 
 def test_what_other_nodes_do_not_see(tmp_path: object) -> None:
-    assert not places._sees(f"{tmp_path}/absent", patience_s=0.1)
+    assert places._fault(f"{tmp_path}/absent", patience_s=0.1) == "it is not there"
