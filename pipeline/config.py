@@ -405,6 +405,21 @@ class CascadeConfig(Settings):
     tail: Literal["fresh", "bicubic", "resample"] = Field("resample", description="what becomes of the upsampler")
 
 
+class HoldOutConfig(Settings):
+    """Images of a set in `data` that judge and never train; their names decide which (pipeline.hold_out)."""
+
+    data: str = Field(description="name of the set in `data` that they are taken from")
+    share: float = Field(0.1, gt=0, lt=1, description="of the set's images")
+    min_images: int = Field(2, ge=1, description="at least so many")
+    max_images: int = Field(8, ge=1, description="at most so many")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "HoldOutConfig":
+        if self.min_images > self.max_images:
+            raise ValueError(f"min_images {self.min_images} is above max_images {self.max_images}: lower it")
+        return self
+
+
 class EvaluateConfig(Settings):
     """Benchmarks by the published protocol."""
 
@@ -412,6 +427,9 @@ class EvaluateConfig(Settings):
         default_factory=dict,
         description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), of SelfExSR's layout, or of "
         "images; or photographs:",
+    )
+    hold_out: dict[str, HoldOutConfig] = Field(
+        default_factory=dict, description="name -> images of a training set that judge instead of training"
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(
@@ -509,7 +527,13 @@ class Recipe(Places):
     @property
     def digest(self) -> str:
         """sha256 of what is trained, without where."""
-        return digest_of(self.model_dump(mode="json", exclude={"storage", "tracking", "compute"}))
+        values = self.model_dump(mode="json", exclude={"storage", "tracking", "compute"})
+        for phase in values["phases"].values():
+            if phase["minutes"] is None:
+                del phase["minutes"]  # runs of before there was the key are found again
+        if not values["evaluate"]["hold_out"]:
+            del values["evaluate"]["hold_out"]
+        return digest_of(values)
 
 
 def _check_references(recipe: Recipe) -> None:
@@ -575,7 +599,8 @@ def _check_crops(recipe: Recipe) -> None:
 
 
 def _check_evaluation(recipe: Recipe) -> None:
-    sets = recipe.evaluate.sets
+    _check_hold_out(recipe)
+    sets = [*recipe.evaluate.sets, *recipe.evaluate.hold_out]
     for name in recipe.evaluate.models:
         if name not in recipe.trainings:
             known, meant = ", ".join(recipe.trainings), did_you_mean(name, recipe.trainings)
@@ -606,6 +631,15 @@ def _check_evaluation(recipe: Recipe) -> None:
                 f"{scales.count(scale)} trainings of scale {scale} are final ({', '.join(recipe.final_trainings)}), "
                 f"but one model per scale is registered: choose by evaluate.models"
             )
+
+
+def _check_hold_out(recipe: Recipe) -> None:
+    for name, held in recipe.evaluate.hold_out.items():
+        if name in recipe.evaluate.sets:
+            raise ValueError(f"{name!r} is in evaluate.sets and in evaluate.hold_out: give one of them another name")
+        if held.data not in recipe.data:
+            known, meant = ", ".join(recipe.data), did_you_mean(held.data, recipe.data)
+            raise ValueError(f"evaluate.hold_out.{name}.data {held.data!r} is not one of data: {known}{meant}")
 
 
 def _check_networks(recipe: Recipe) -> None:

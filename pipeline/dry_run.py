@@ -23,14 +23,14 @@ _SQLITE = "sqlite:///"
 
 def run(recipe: Recipe, choice: Choice, console: Console) -> None:
     """Print the plan: a line for each stage, with steps and time, and the sums."""
-    recipe = survey.pinned(recipe)
+    recipe, said = survey.settled(recipe)
     found, chosen, outside = prepare(recipe, choice)
     asked = _Registry(recipe)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, asked.is_current)
     running = [entry.stage for entry in planned if entry.action == "run"]
     estimated = estimate.of_stages(recipe, running, outside)
     width = max(len(entry.stage.name) for entry in planned)
-    lines = [_line(entry, width, estimated.seconds.get(entry.stage.name)) for entry in planned]
+    lines = said + [_line(entry, width, estimated.seconds.get(entry.stage.name)) for entry in planned]
     steps = sum(stage.steps for stage in running)
     total = f", {estimate.in_words(sum(estimated.seconds.values()))} in all" if running else ""
     lines.append(f"{len(running)} of {len(planned)} stages to run, {steps} training steps{total}")

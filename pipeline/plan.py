@@ -79,7 +79,7 @@ def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
         stages += _training_stages(recipe, name, outside)
     finals = recipe.final_trainings
     # without steps as it was before there were any: evaluations of then still count
-    unsaid = {"sets", "models"} | (set() if recipe.evaluate.degrade else {"degrade"})
+    unsaid = {"sets", "models", "hold_out"} | (set() if recipe.evaluate.degrade else {"degrade"})
     evaluate = recipe.evaluate.model_dump(mode="json", exclude=unsaid)
     stages.append(Stage("evaluate", "evaluate", "evaluate", tuple(finals), evaluate | {"sets": outside.sets}))
     registry = recipe.registry.model_dump(mode="json")

@@ -46,7 +46,9 @@ def run(
     recipe: Recipe, choice: Choice, console: Console, address: str | None = None, debug: bool = False
 ) -> dict[str, Artifact]:
     """Run the chosen stages of a recipe, on a Ray cluster only if there is something to do; all that are finished."""
-    recipe = survey.pinned(recipe)
+    recipe, said = survey.settled(recipe)
+    for line in said:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     found, chosen, tracker = prepare(recipe, choice)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     try:

@@ -93,7 +93,9 @@ def fetch_model(client: MlflowClient, uri: str, folder: Path) -> tuple[Path, dic
         raise ValueError(f"{uri} cannot be had: {describe_os_error(error, 'its files are gone')}") from error
     weights, options = folder / "artifacts" / "weights.pth", folder / "artifacts" / "options.json"
     if not weights.is_file() or not options.is_file():
-        raise ValueError(f"{uri} was not registered by Hatchery: it holds no artifacts/weights.pth and options.json")
+        raise ValueError(
+            f"{uri} was not registered by Hatchery, or its files are gone: no weights.pth and options.json"
+        )
     return weights, json.loads(options.read_text())
 
 

@@ -12,6 +12,7 @@ from data_prep.sources import Item
 from pipeline import plan
 from pipeline.benchmark import set_fingerprint
 from pipeline.config import Recipe
+from pipeline.hold_out import with_held_out
 from pipeline.lasting import check_lasting
 from pipeline.objective import check_backbones
 from pipeline.plan import Amount, Outside, Stage
@@ -26,7 +27,12 @@ class Choice:
     last: str | None = None
 
 
-def pinned(recipe: Recipe) -> Recipe:
+def settled(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with all that is decided once: versions in place of aliases, and the images that judge; in words."""
+    return with_held_out(_pinned(recipe))
+
+
+def _pinned(recipe: Recipe) -> Recipe:
     """The recipe with a version's number for every `models:/NAME@alias` it starts from (see `cascade.pinned`)."""
     if not any((training.init_weights or "").startswith("models:/") for training in recipe.trainings.values()):
         return recipe

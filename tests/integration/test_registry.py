@@ -342,7 +342,7 @@ def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
         with pytest.raises(ValueError, match=words.replace("not of the form", "is no registered model")):
             registry.fetch_model(store.client, uri, store.weights.parent)
     shutil.rmtree(store.weights.parent / "artifacts")
-    with pytest.raises(ValueError, match=r"^models:/m-x2/1 cannot be had: [^\n]*$"):
+    with pytest.raises(ValueError, match="models:/m-x2/1 was not registered by Hatchery, or its files are gone"):
         registry.fetch_model(store.client, "models:/m-x2/1", store.weights.parent)
     with pytest.raises(ValueError, match="carries no lineage"):
         registry.fetch(registry.resolve(store.client, "models:/m-x2/1"), "lineage.json", store.weights.parent)

@@ -10,10 +10,11 @@ from pipeline.plan import Outside, stages_of
 from pipeline.stages import shard_settings
 
 RECIPES = sorted(path.stem for path in (CONFIGS / "recipe").glob("[!_]*.yaml"))
-PUBLISHED = [name for name in RECIPES if not name.startswith("demo")]
+PUBLISHED = [name for name in RECIPES if not name.startswith(("demo", "own"))]
 SCALES = {key: {1} for key in ("denoise", "jpeg", "deblur", "denoise_unet", "demo_denoise")} | {
     "real": {4},
     "real_gan": {4},
+    "own_photographs": {2},
 }
 
 
