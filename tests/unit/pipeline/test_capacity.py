@@ -72,6 +72,19 @@ def test_the_measured_sample_is_scaled_to_the_patch(recipe):
     assert small.time_s > 0
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_measured_only_where_the_cpu_computes_in_it(recipe, monkeypatch, native):
+    monkeypatch.setattr(capacity, "has_bf16", lambda device: native)
+    said = "measured in fp32, since this CPU has no bf16"
+    for precision, bf16 in (("auto", native), ("bf16", native), ("fp32", False)):
+        phase = recipe.phases["pretrain"].model_copy(update={"precision": precision})
+        changed = recipe.model_copy(update={"phases": recipe.phases | {"pretrain": phase}})
+        assert capacity.measures_in_bf16(phase) == bf16
+        sample = capacity.Sample({"none": 1e9, "block": 1e8}, 1.0, 1.0)
+        lines = capacity.notes(changed, "pretrain-x2", capacity.Machines(1, 2, 80), sample, given=False)
+        assert any(said in line for line in lines) == (precision != "fp32" and not native)
+
+
 def test_the_command_prints_every_stage_and_every_training():
     command = [sys.executable, "-m", "pipeline.cli", "plan", "--recipe", "demo", "--gpus-per-node", "3"]
     done = subprocess.run([*command, "--step-time", "2"], cwd=ROOT, capture_output=True, text=True, check=True)

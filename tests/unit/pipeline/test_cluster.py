@@ -49,19 +49,28 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cluster.shortage(compute) is None
 
 
+def test_a_local_cluster_has_the_cpus_and_the_memory_that_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits decide, unless more processes are asked for."""
+    for cpus, memory, workers, expected in ((16, 64e9, 1, 16), (3, 64e9, 1, 3), (16, 2e9, 1, 5), (16, 1e8, 2, 2)):
+        monkeypatch.setattr(cluster.limits, "usable_cpus", lambda cpus=cpus: cpus)
+        monkeypatch.setattr(cluster.limits, "free_memory_bytes", lambda memory=memory: int(memory))
+        assert cluster._local_cpus(ComputeConfig(num_workers=workers)) == expected
+
+
 NICENESS = """
 import os, ray
 from pipeline.cluster import connected
 from pipeline.config import ComputeConfig
 with connected(ComputeConfig(), "local", debug=False):
-    print(ray.get(ray.remote(lambda: os.nice(0)).remote()))
+    print(ray.get(ray.remote(lambda: os.nice(0)).remote()), ray.cluster_resources()["CPU"])
 """
 
 
-def test_workers_of_a_local_cluster_run_at_full_priority() -> None:
+def test_workers_of_a_local_cluster_run_at_full_priority_on_the_cpus_it_was_given() -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
-    done = subprocess.run([sys.executable, "-c", NICENESS], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.stdout == "0\n", done.stderr
+    command = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c", NICENESS]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout == "0 1.0\n", done.stderr
 
 
 def test_other_nodes_are_given_this_machines_view_of_s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from data_prep import s3, storage
 from pipeline import lasting, places
+from pipeline.buckets import use_buckets
 from pipeline.config import ConfigError, Places, StorageConfig, TrackingConfig
 from tests.literal_s3 import literal_s3
 
@@ -86,7 +87,7 @@ def test_buckets_of_a_recipe_are_used_by_this_process(monkeypatch: pytest.Monkey
     monkeypatch.setenv(s3.ANONYMOUS, "")
     monkeypatch.setenv(s3.REQUESTER_PAYS, "")
     config = StorageConfig.model_validate({"s3": {"anonymous": ["public"], "requester_pays": ["paid-*"]}})
-    places.use_buckets(Places(storage=config))
+    use_buckets(Places(storage=config))
     assert s3.for_other_machines().items() >= {s3.ANONYMOUS: "public", s3.REQUESTER_PAYS: "paid-*"}.items()
 
 
