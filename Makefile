@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Workers start twice as fast with compiled modules, so never let the environment forbid writing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint unit integration bench lock check-lock clean
+.PHONY: help setup demo test lint unit masked integration bench lock check-lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -28,7 +28,7 @@ demo: setup ## run the main job on photographs that scikit-image ships: local Ra
 	@echo "Running the whole recipe configs/recipe/demo.yaml; finished stages in runs/ are not run again ..."
 	@$(BIN)/python pipeline/pretrain.py --recipe configs/recipe/demo.yaml
 
-test: lint unit integration ## everything: lint, types, unit and parity tests, integration tests with real servers
+test: lint unit masked integration ## everything: lint, types, unit and parity tests, integration tests with real servers
 
 lint: setup ## ruff and mypy
 	@echo "Lint and types ..."
@@ -39,6 +39,10 @@ lint: setup ## ruff and mypy
 unit: setup ## unit and parity tests
 	@echo "Unit and parity tests ..."
 	@$(BIN)/pytest -q -n auto -m 'not integration' tests
+
+masked: setup ## tests of the networks once more, as on a processor without AVX-512
+	@echo "Tests of the networks with the processor's features masked ..."
+	@$(BIN)/python -m tests.masked
 
 integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."

@@ -143,7 +143,7 @@ class Jpeg(_Step):
         quality = of if isinstance(of, int) else int(scene.rng.integers(of[0], of[1], endpoint=True))
         file = io.BytesIO()
         Image.fromarray(to_uint8(image).transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
-        with Image.open(file) as decoded:
+        with Image.open(file, formats=["JPEG"]) as decoded:
             return np.asarray(decoded, np.float32).transpose(2, 0, 1)
 
 

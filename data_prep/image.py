@@ -1,23 +1,33 @@
 """Bytes of an image file to RGB pixels, by one rule for every reader of this project.
 
 Gray, palette and CMYK images become RGB; an alpha channel is dropped, not blended; 16-bit gray is scaled to 8 bits.
-An EXIF orientation is NOT applied: the pixels are taken as stored, as the benchmarks' tools do. The content decides
-how a file is read, never its name: a PNG called .JPEG is a PNG.
+Of an animation, or a file of several pages, the first picture is taken. An EXIF orientation is NOT applied: the pixels
+are taken as stored, as the benchmarks' tools do. The content decides how a file is read, never its name: a PNG called
+.JPEG is a PNG. Text, profiles and the like, however large, are no reason to refuse pixels.
 """
 
 import io
 import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from data_prep import jpeg, jpeg_header, jpeg_scans
+from data_prep import jpeg, jpeg_header, jpeg_markers, jpeg_scans
+from data_prep.image_files import FORMATS
+from data_prep.png_chunks import without_text
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff")
+MAX_PIXELS = 178_956_970
+"""Of an image that trains or judges, whatever its format: Pillow's own limit. A small file may hold many more."""
 
 _DAMAGED = "cannot be decoded: the compressed data is damaged or cut off"
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError),
+    *(struct.error, zlib.error, RuntimeError, MemoryError),
+)
 
 
 class Box(NamedTuple):
@@ -27,6 +37,18 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+
+class Checked(NamedTuple):
+    """What is known of an image that decodes to its end; most kinds of files have no seek points.
+
+    `num_pictures` are those of the file, of which the first is taken.
+    """
+
+    height: int
+    width: int
+    seek: bytes
+    num_pictures: int
 
 
 class Picture:
@@ -61,43 +83,81 @@ class Picture:
 
 def decode(data: bytes) -> np.ndarray:
     """The whole image as (height, width, 3) uint8 RGB. Raises ValueError with the reason where it is broken."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode == "F":
-                raise ValueError("float pixels have no fixed range; convert the file to 8 or 16 bits")
-            if image.mode.startswith("I"):
-                return np.repeat(_eight_bits(np.asarray(image))[:, :, None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
-    except _BROKEN as error:
-        raise ValueError(f"cannot be decoded: {' '.join(str(error).split())}") from error
+    with _opened(_ended(data)) as image:
+        if image.mode.startswith("I"):
+            return np.repeat(_eight_bits(np.asarray(image))[:, :, None], 3, axis=2)
+        return np.asarray(image.convert("RGB"))
 
 
-def check(data: bytes) -> tuple[int, int, bytes]:
-    """(height, width, seek points) of an image that decodes to its end; most kinds have no seek points.
+def check(data: bytes) -> Checked:
+    """What is known of an image that decodes to its end. Raises ValueError with the reason where it does not.
 
-    Raises ValueError with the reason where it does not.
-
-    A JPEG's compressed data is parsed to its last block: libjpeg, and so Pillow, shows a file with a damaged or
-    cut-off tail as a good one with gray below. Found so is a tail that is missing, zeros or other bytes, in all
-    Huffman-coded files of 8 bits; see `jpeg_scans.is_whole` for what may pass. The rare others (arithmetic coding,
-    lossless) are good where Pillow decodes them. Files of other formats have checksums or an end that Pillow checks.
+    A JPEG's compressed data is parsed to its last block: see `whole`. Files of other formats have checksums or an end
+    that Pillow checks.
     """
+    with _opened(data) as image:
+        height, width, num_pictures = image.height, image.width, _num_pictures(image)
+    is_whole, seek = _soundness(data)
+    if is_whole is False:
+        raise ValueError(_DAMAGED)
+    if seek is None:
+        with _opened(_ended(data)) as image:
+            image.load()
+    return Checked(height, width, seek or b"", num_pictures)
+
+
+def whole(data: bytes) -> bytes:
+    """A file's bytes as any decoder takes them to their end. Raises ValueError for a JPEG that is damaged or cut off.
+
+    libjpeg, and so Pillow, shows a JPEG with a damaged or cut-off tail as a good one with gray below. Found so is a
+    tail that is missing, zeros or other bytes, in all Huffman-coded files of 8 bits; see `jpeg_scans.is_whole` for what
+    may pass. Where all blocks are there and only the end marker is missing, it is added. The rare others (arithmetic
+    coding, lossless) and other formats are for their decoder to judge.
+    """
+    if _soundness(data)[0] is False:
+        raise ValueError(_DAMAGED)
+    return _ended(data)
+
+
+def _soundness(data: bytes) -> tuple[bool | None, bytes | None]:
+    """(whether a JPEG's compressed data is whole, None where it cannot be told; seek points where regions decode)."""
     header = jpeg_header.parse(data)
-    if header:
-        if (seek := jpeg.seek_points(data, header)) is None:
-            raise ValueError(_DAMAGED)
-        return header.height, header.width, seek
+    seek = jpeg.seek_points(data, header) if header else None
+    return (jpeg_scans.is_whole(data) if seek is None else True), seek
+
+
+def _ended(data: bytes) -> bytes:
+    """The file with an end marker where it is a whole JPEG that lacks one."""
+    if jpeg_markers.lacks_end(data) and _soundness(data)[0]:
+        return data + jpeg_markers.END
+    return data
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The first picture of a file, by the parsers of FORMATS alone; ValueError for whatever is wrong with it."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(without_text(data)), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             if image.mode == "F":
                 raise ValueError("float pixels have no fixed range; convert the file to 8 or 16 bits")
-            image.load()
-            height, width = image.height, image.width
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"has more pixels than max_pixels={MAX_PIXELS}: cut it into parts") from error
+    except UnidentifiedImageError as error:  # its own words name an object in memory
+        known = ", ".join(FORMATS)
+        raise ValueError(f"cannot be decoded: it is none of {known}, or its header is damaged") from error
     except _BROKEN as error:
-        raise ValueError(f"cannot be decoded: {' '.join(str(error).split())}") from error
-    if jpeg_scans.is_whole(data) is False:
-        raise ValueError(_DAMAGED)
-    return height, width, b""
+        raise ValueError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def _num_pictures(image: Image.Image) -> int:
+    """How many pictures a file holds; the previews that a camera adds to its JPEG do not count, nor damaged pages."""
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except _BROKEN:
+        return 1
 
 
 def _eight_bits(pixels: np.ndarray) -> np.ndarray:

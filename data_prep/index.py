@@ -14,11 +14,16 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.storage import DamageError, StorageError, exists, join, normalise, read_bytes, write_bytes, writing
+from data_prep.uri import printable
 
 INDEX_NAME = "index.json"
 LEFT_OUT_NAME = "left-out.jsonl"
 _LISTED_REJECTS = 1000
 _CACHED_SIDECARS = 128  # more than the streams a worker reads at once; a sidecar of 512 samples takes 0.5 MB
+
+
+def _is_none(number: int) -> bool:
+    return number == 0
 
 
 class _Record(BaseModel):
@@ -87,7 +92,10 @@ class Reject(_Record):
 
 
 class ShardInfo(_Record):
-    """A sidecar: the marker that its tar is complete, and what is in it. `plan` is the digest of what was asked."""
+    """A sidecar: the marker that its tar is complete, and what is in it. `plan` is the digest of what was asked.
+
+    `num_of_several` images were the first of several pictures in their files.
+    """
 
     name: str
     plan: str
@@ -96,6 +104,7 @@ class ShardInfo(_Record):
     num_images: int
     samples: tuple[Sample, ...]
     rejects: tuple[Reject, ...]
+    num_of_several: int = Field(0, exclude_if=_is_none)  # as it was before where there is none
 
 
 class Shard(_Record):
@@ -115,6 +124,7 @@ class Summary(_Record):
     shard: Shard | None
     num_images: int
     rejects: tuple[Reject, ...]
+    num_of_several: int = 0
 
 
 class ShardIndex(_Record):
@@ -137,6 +147,7 @@ class ShardIndex(_Record):
     left_out_sha256: str
     shards: tuple[Shard, ...]
     rejects: tuple[Reject, ...]
+    num_of_several: int = Field(0, exclude_if=_is_none)
 
 
 class ShardSet:
@@ -206,7 +217,7 @@ def publish_index(
     them.
     """
     shards, rejects = list[Shard](), list[Reject]()
-    num_images, num_rejects, digest = 0, 0, hashlib.sha256()
+    num_images, num_rejects, num_of_several, digest = 0, 0, 0, hashlib.sha256()
     with tempfile.TemporaryFile() as spool:
 
         def leave_out(**line: str) -> None:
@@ -217,6 +228,7 @@ def publish_index(
         for summary in summaries:
             num_images += summary.num_images
             num_rejects += len(summary.rejects)
+            num_of_several += summary.num_of_several
             shards.extend([summary.shard] if summary.shard else [])
             rejects.extend(summary.rejects[: _LISTED_REJECTS - len(rejects)])
             for reject in summary.rejects:
@@ -227,7 +239,7 @@ def publish_index(
         with writing(join(uri, LEFT_OUT_NAME)) as file:
             shutil.copyfileobj(spool, file)
     index = ShardIndex(
-        source=source,
+        source=printable(source),
         source_fingerprint=fingerprint,
         settings=settings,
         num_images=num_images + len(duplicates or {}),
@@ -238,6 +250,7 @@ def publish_index(
         left_out_sha256=digest.hexdigest(),
         shards=tuple(shards),
         rejects=tuple(rejects),
+        num_of_several=num_of_several,
     )
     write_bytes(join(uri, INDEX_NAME), to_json(index))
     return ShardSet(uri, index)
@@ -253,7 +266,12 @@ def summarise(info: ShardInfo) -> Summary:
         sidecar_sha256=hashlib.sha256(to_json(info)).hexdigest(),
         min_side_px=min((sample.side_px for sample in info.samples), default=0),
     )
-    return Summary(shard=shard if info.samples else None, num_images=info.num_images, rejects=info.rejects)
+    return Summary(
+        shard=shard if info.samples else None,
+        num_images=info.num_images,
+        rejects=info.rejects,
+        num_of_several=info.num_of_several,
+    )
 
 
 def to_json(record: BaseModel) -> bytes:

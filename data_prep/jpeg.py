@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.jpeg_header import JpegHeader
+from data_prep.jpeg_markers import END
 
 _SMALLEST_PX = 9  # libjpeg upsamples narrower chroma in another way
 _SEEK_PX = 128  # from one seek point to the next
@@ -57,27 +58,35 @@ def region(
 
 
 def seek_points(data: bytes, header: JpegHeader) -> bytes | None:
-    """The file's seek points, None where the file is damaged; nothing for a file that has none.
+    """The file's seek points, nothing for a file that has none; None where the scan does not end with its last block.
 
-    The whole scan is parsed, and its end must be marked: libjpeg fills what is missing with gray and lets it pass. A
-    tail of zeros parses, for any bits may be a code; that it has no end marker gives it away.
+    The whole scan is parsed: libjpeg fills what is missing with gray and lets it pass. A tail of zeros parses as well,
+    for any bits may be a code; that bytes are left behind the last block gives it away. Of those that are left,
+    `jpeg_scans.is_whole` knows whether they matter.
     """
     from data_prep import jpeg_kernels
 
     tables = _tables(data, header)
-    if not tables[0] or data.rfind(b"\xff\xd9", header.scan) < 0:
+    if not tables[0]:
         return None
     rows, columns = _mcus(header)
     bits = np.empty(rows * -(-columns // _step(header)), _POSITION)
     values = np.empty((len(bits), len(header.dc)), _VALUE)
-    sound = jpeg_kernels.parse_scan(
+    end = jpeg_kernels.parse_scan(
         *(np.frombuffer(data, np.uint8), header.scan, tables, header.luma_h, header.luma_v, rows, columns),
         *(header.restart_interval, _step(header), bits, values),
     )
-    if not sound:
+    if end < 0 or not _ends_at(data, int(end)):
         return None
     packed = bits.tobytes() + values.tobytes()
     return packed + zlib.crc32(packed).to_bytes(_CHECK, "little") if _has_points(data, header) else b""
+
+
+def _ends_at(data: bytes, position: int) -> bool:
+    """Whether a file's end, or its end marker, is there, perhaps after fill bytes."""
+    while data[position : position + 1] == b"\xff" and data[position + 1 : position + 2] in (b"\xff", b""):
+        position += 1
+    return data[position : position + 2] in (b"", END)
 
 
 def _has_points(data: bytes, header: JpegHeader) -> bool:

@@ -6,13 +6,11 @@ chroma at full size, half width, or half width and height. `parse` returns None 
 
 from dataclasses import dataclass
 
-_SOF0, _SOF1, _DHT, _SOI, _EOI, _SOS, _DQT, _DRI, _APP0, _APP14 = (
-    *(0xC0, 0xC1, 0xC4, 0xD8, 0xD9),
-    *(0xDA, 0xDB, 0xDD, 0xE0, 0xEE),
-)
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {_DHT, 0xC8, 0xCC}  # 0xC8 is reserved, 0xCC sets arithmetic coding
-_WITHOUT_LENGTH = frozenset([0x01, *range(0xD0, _SOI)])
+from data_prep.jpeg_markers import APP0, APP14, DHT, DQT, DRI, FRAMES, SOF0, SOF1, SOS, segments
+
 _LUMA_SAMPLING = ((1, 1), (2, 1), (2, 2))
+_KNOWN = frozenset((DHT, DQT, DRI, 0xFE, *range(APP0, APP0 + 16)))  # 0xFE: a comment
+_VERSION_BYTES, _JFIF_BYTES, _ADOBE_BYTES = 7, 14, 12  # shorter segments are not taken for these by libjpeg
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,51 +52,47 @@ def parse(data: bytes) -> JpegHeader | None:
 
 
 def _parse(data: bytes) -> JpegHeader | None:
-    if data[:2] != b"\xff\xd8":
-        return None
     tables, frame, position = _Tables({}, {}), -1, 2
-    while True:
-        if data[position] != 0xFF:
+    for segment in segments(data):
+        if data[position : segment.at].strip(b"\xff"):  # bytes that are no segment; fill bytes are legal
             return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
-            continue
-        if marker in _WITHOUT_LENGTH or marker in (_SOI, _EOI):
-            return None
-        start, stop = position + 4, position + 2 + (data[position + 2] << 8 | data[position + 3])
-        if stop < start or stop > len(data):
-            return None
-        if marker == _SOS:
-            return _header(data, tables, frame, start, stop) if frame > 0 else None
-        if marker in _FRAMES:
-            if marker not in (_SOF0, _SOF1) or frame > 0:
+        marker, start, position = segment.marker, segment.start, segment.stop
+        if marker == SOS:
+            return _header(data, tables, frame, start, position) if frame > 0 else None
+        if marker in FRAMES:
+            if marker not in (SOF0, SOF1) or frame > 0:
                 return None
             frame = start
-        elif not _take(data, tables, marker, start, stop):
+        elif marker not in _KNOWN or not _take(data, tables, marker, start, position):
             return None
-        position = stop
+    return None
 
 
 def _take(data: bytes, tables: _Tables, marker: int, start: int, stop: int) -> bool:
-    """Note a segment's tables; False for a table that is not of the kind described."""
-    if marker == _DQT:
+    """Note a segment's tables; False for a table that is not of the kind described, or that libjpeg refuses."""
+    if marker == DQT:
         while start < stop:
             if data[start] > 3:  # 16-bit quantizers
                 return False
             tables.quantization[data[start]] = start + 1
             start += 65
-    elif marker == _DHT:
+    elif marker == DHT:
         while start < stop:
+            num_codes = sum(data[start + 1 : start + 17])
+            if data[start] & ~0x10 > 3 or num_codes > 256:
+                return False
             tables.huffman[data[start]] = start + 1
-            start += 17 + sum(data[start + 1 : start + 17])
-    elif marker == _DRI:
+            start += 17 + num_codes
+    elif marker == DRI:
         tables.restart_interval = data[start] << 8 | data[start + 1]
-    elif marker == _APP0 and data[start : start + 5] == b"JFIF\0":
-        tables.jfif = True
-    elif marker == _APP14 and data[start : start + 5] == b"Adobe":
+        start += 2
+    elif marker in (APP0, APP14) and data[start:stop].startswith((b"JFIF", b"Adobe")) and stop - start < _VERSION_BYTES:
+        return False  # Pillow looks for their version
+    elif marker == APP0 and data[start : start + 5] == b"JFIF\0":
+        tables.jfif = tables.jfif or stop - start >= _JFIF_BYTES
+    elif marker == APP14 and data[start : start + 5] == b"Adobe" and stop - start >= _ADOBE_BYTES:
         tables.adobe_transform = data[start + 11]
-    return start == stop or marker not in (_DQT, _DHT)
+    return start == stop or marker not in (DQT, DHT, DRI)
 
 
 def _header(data: bytes, tables: _Tables, frame: int, start: int, stop: int) -> JpegHeader | None:
@@ -107,12 +101,16 @@ def _header(data: bytes, tables: _Tables, frame: int, start: int, stop: int) -> 
     count = data[frame + 5]
     if data[frame] != 8 or not height or not width or count not in (1, 3) or data[start] != count:
         return None
+    if int.from_bytes(data[frame - 2 : frame]) != 8 + 3 * count or stop - start != 4 + 2 * count:
+        return None
     components = [data[frame + 6 + 3 * c : frame + 9 + 3 * c] for c in range(count)]
     selectors = [data[start + 1 + 2 * c : start + 3 + 2 * c] for c in range(count)]
     names = [component[0] for component in components]
-    if [selector[0] for selector in selectors] != names or data[stop - 3 : stop - 1] != b"\x00\x3f":
+    if [selector[0] for selector in selectors] != names or len(set(names)) < count:
         return None
     sampling = [(component[1] >> 4, component[1] & 15) for component in components]
+    if data[stop - 3 : stop - 1] != b"\x00\x3f" or not all(0 < factor < 5 for pair in sampling for factor in pair):
+        return None
     if count == 1:
         sampling = [(1, 1)]  # a lone component's blocks lie in plain order whatever it says
     elif not _is_ycbcr(tables, names) or sampling[0] not in _LUMA_SAMPLING or sampling[1:] != [(1, 1), (1, 1)]:

@@ -64,11 +64,13 @@ def _read_table(data, start, table, single, long_codes):
     code, symbol = 0, start + 16
     for length in range(1, 17):
         count = np.int64(data[start + length - 1])
-        if code + count > 1 << length or symbol + count > data.size:
+        if code + count >= 1 << length or symbol + count > data.size:  # no code is all ones
             return False
         long_codes[table * 17 + length, 0] = code + count
         long_codes[table * 17 + length, 1] = symbol - code
         for _ in range(count):
+            if table % 2 == 0 and data[symbol] > 15:  # no size of a first coefficient
+                return False
             if length <= _PEEK:
                 entry = _entry(length, np.int64(data[symbol]))
                 first = base + (code << (_PEEK - length))
@@ -314,9 +316,11 @@ def _mcu(data, clean, at, single, long_codes, many, quantizers, previous, h, v, 
 
 @compiled
 def _restart(data, reader, number):
-    """(sound, the reader behind restart marker `number`)."""
+    """(sound, the reader behind restart marker `number` and the fill bytes before it)."""
     at, filled, source = reader
     sound = 0 <= 8 * filled - at < 8 and source + 1 < data.size and data[source] == 0xFF
+    while sound and source + 2 < data.size and data[source + 1] == 0xFF:
+        source += 1
     return sound and data[source + 1] == 0xD0 + number % 8, (np.int64(0), np.int64(0), source + 2)
 
 
@@ -330,7 +334,7 @@ def _advance(clean, first, last, source):
 
 @compiled
 def parse_scan(data, scan, tables, h, v, rows, columns, restart_interval, step, bits, previous_values):
-    """Parse the whole scan. Returns whether it is sound.
+    """Parse the whole scan. Returns where in the file the last block's byte ends, -1 where the scan is unsound.
 
     Before each `step`-th MCU of a row the position goes to `bits`, counted from the scan's start, and the components'
     last DC values to `previous_values` (points, components), for `decode_planes`.
@@ -344,7 +348,7 @@ def parse_scan(data, scan, tables, h, v, rows, columns, restart_interval, step, 
         if restart_interval and number and number % restart_interval == 0:
             sound, (at, filled, source) = _restart(data, (at, filled, source), number // restart_interval - 1)
             if not sound:
-                return False
+                return np.int64(-1)
             previous[:] = 0
             known, known_source = np.int64(0), source
         if (at >> 3) + _MCU_BYTES > filled:
@@ -359,8 +363,8 @@ def parse_scan(data, scan, tables, h, v, rows, columns, restart_interval, step, 
             point += 1
         at = _mcu(data, clean, at, single, long_codes, many, quantizers, previous, h, v, -1, blocks, 0)
         if at < 0 or at > 8 * filled:
-            return False
-    return True
+            return np.int64(-1)
+    return np.int64(_advance(clean, known, (at + 7) >> 3, known_source))
 
 
 @compiled

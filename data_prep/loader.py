@@ -15,12 +15,14 @@ import multiprocessing
 import os
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data_prep import s3
 from data_prep.image import Picture, decode
 from data_prep.index import ShardSet
 from data_prep.mix import order_of, read_set
@@ -167,7 +169,8 @@ class _Images:
     def pair(self, crop: _Crop) -> tuple[str, Pair]:
         """The key and the pair of a crop."""
         key, picture = self._picture(crop)
-        return key, make_pair(picture, key, crop.place.epoch, self._settings, crop.number)
+        with self._naming(key):
+            return key, make_pair(picture, key, crop.place.epoch, self._settings, crop.number)
 
     def holds(self, shard: int, number: int) -> bool:
         """Whether the sample's picture is here and need not be read."""
@@ -203,15 +206,26 @@ class _Images:
             self._kept.move_to_end((shard, number))
             return key, Picture(self._kept[shard, number])
         data, seek = self._reader.read(shard, number)
-        if not self._settings.cache_decoded_bytes and self._settings.crops_per_image == 1:
-            return key, Picture(data, seek)
-        image = decode(data)
+        with self._naming(key):
+            if not self._settings.cache_decoded_bytes and self._settings.crops_per_image == 1:
+                return key, Picture(data, seek)
+            image = decode(data)
         if image.nbytes <= self._settings.cache_decoded_bytes:
             self._kept[shard, number] = image
             self._kept_bytes += image.nbytes
             while self._kept_bytes > self._settings.cache_decoded_bytes:
                 self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
         return key, Picture(image)
+
+    @contextmanager
+    def _naming(self, key: str) -> Iterator[None]:
+        """Say which image cannot be decoded: one that was sharded before what is wrong with it was looked for."""
+        try:
+            yield
+        except StorageError:
+            raise
+        except ValueError as error:
+            raise DamageError(f"{self._set.uri}: {key} {error}; make the shards anew") from error
 
 
 def _substitutes(shard_set: ShardSet, shard: int, number: int) -> Iterator[tuple[int, int]]:
@@ -291,20 +305,21 @@ class PairLoader:
         """Worker processes from a fork server: a fork of this process would copy Ray's and gRPC's threads' locks."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         return DataLoader(
             self._shares,
             batch_size=None,
             num_workers=self._num_workers,
             multiprocessing_context=context,
             prefetch_factor=_WORKER_QUEUE,
-            worker_init_fn=functools.partial(_start_worker, environment),
+            worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )
 
 
 def _start_worker(environment: dict[str, str], _: int) -> None:
     """The fork server may be older than the present S3 credentials."""
+    for name in s3.environment().keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 from data_prep.duplicates import find_duplicates
-from data_prep.image import check, decode
+from data_prep.image import Checked, check, decode
+from data_prep.image_files import PassedOver
 from data_prep.index import (
     INDEX_NAME,
     Reject,
@@ -26,8 +27,9 @@ from data_prep.index import (
     summarise,
     to_json,
 )
+from data_prep.layouts import training_items
 from data_prep.plan import Plan, ShardPlan, plan_shards
-from data_prep.sources import Item, iter_items, read_item
+from data_prep.sources import Item, read_item
 from data_prep.storage import (
     StorageError,
     delete,
@@ -41,6 +43,7 @@ from data_prep.storage import (
 )
 from data_prep.subimages import boxes, sub_key, to_png
 from data_prep.tasks import in_order
+from data_prep.uri import printable
 
 __all__ = ["ShardPlan", "ShardSet", "ShardSettings", "make_shards", "plan_shards", "write_shard"]
 
@@ -73,6 +76,7 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
     """
     samples: list[Sample] = []
     rejects: list[Reject] = []
+    num_of_several = 0
     with writing(join(destination, f"{plan.name}.tar")) as file:
         out = _Hashing(file)
         with tarfile.open(fileobj=out, mode="w|", bufsize=2**20, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
@@ -82,10 +86,12 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
                     continue
                 data = read_item(item)
                 try:
-                    entries = list(_entries(item, data, plan.settings))
+                    checked = check(data)
+                    entries = list(_entries(item, data, checked, plan.settings))
                 except ValueError as error:
                     rejects.append(_reject(item, str(error)))
                     continue
+                num_of_several += checked.num_pictures > 1
                 samples.extend(_append(tar, *entry) for entry in entries)
     info = ShardInfo(
         name=plan.name,
@@ -95,6 +101,7 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
         num_images=len(plan.items),
         samples=tuple(samples),
         rejects=tuple(rejects),
+        num_of_several=num_of_several,
     )
     if not samples:
         delete(join(destination, f"{plan.name}.tar"))
@@ -109,14 +116,18 @@ def make_shards(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> ShardSet:
     """Make or complete the shards of a source at `destination`; Ray must be initialised.
 
     A complete set made from the same source and settings is returned as it is. `progress` is called with the number
-    of finished shards and of all. Raises ValueError where the source holds no images or too many are rejected,
-    StorageError where the storage fails.
+    of finished shards and of all, `say` with lines about what is passed over. Raises ValueError where the source
+    holds no images, images in two resolutions, or too many are rejected, StorageError where the storage fails.
     """
-    with Plan(iter_items(source, include, exclude), settings) as plan:
+    passed_over = PassedOver()
+    with Plan(training_items(source, include, exclude, passed_over), settings) as plan:
+        if say and (said := passed_over.describe()):
+            say(f"{source}: {said}")
         if (finished := _finished(destination, plan.fingerprint, settings)) is not None:
             return finished
         delete(join(destination, INDEX_NAME))  # from here on the old index is no longer true
@@ -128,7 +139,10 @@ def make_shards(
         calls = ((shard, destination, sizes.get(f"{shard.name}.tar")) for shard in plan.shards(duplicates))
         summaries = in_order(complete_shard, _normalised(calls))
         made = _checked(source, _reported(summaries, total, progress), settings, destination, num_images)
-        return publish_index(destination, source, plan.fingerprint, settings, made, duplicates)
+        published = publish_index(destination, source, plan.fingerprint, settings, made, duplicates)
+        if say and (number := published.index.num_of_several):
+            say(f"{source}: {number} files hold several pictures; the first of each was taken")
+        return published
 
 
 def complete_shard(plan: ShardPlan, destination: str, tar_bytes: int | None) -> Summary:
@@ -218,12 +232,14 @@ def _delete_stale(destination: str, names: set[str]) -> None:
     delete(join(destination, _DUPLICATES_NAME))
 
 
-def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple[str, str, bytes, int, int, bytes]]:
+def _entries(
+    item: Item, data: bytes, checked: Checked, settings: ShardSettings
+) -> Iterator[tuple[str, str, bytes, int, int, bytes]]:
     """(key, extension, bytes, height, width, seek points) of what goes into the tar for an image.
 
     Raises ValueError with the reason to reject it.
     """
-    height, width, seek = check(data)
+    height, width, seek, _ = checked
     if min(height, width) < settings.min_side_px:
         raise ValueError(f"{width}x{height} pixels: a side is below min_side_px={settings.min_side_px}")
     if settings.sub_image_px is None:
@@ -237,8 +253,7 @@ def _entries(item: Item, data: bytes, settings: ShardSettings) -> Iterator[tuple
 
 def _reject(item: Item, reason: str) -> Reject:
     """The image as left out; bytes of its name that are no UTF-8 are written \\xNN, for JSON takes none."""
-    uri = item.uri.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return Reject(key=item.key, uri=uri, reason=reason)
+    return Reject(key=item.key, uri=printable(item.uri), reason=reason)
 
 
 def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:

@@ -11,26 +11,30 @@ import hashlib
 import os
 import shutil
 import socket
+import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from data_prep import s3
-from data_prep.uri import DamageError, StorageError, is_local, join, normalise, split_s3
+from data_prep.uri import DamageError, StorageError, is_local, join, key_fault, normalise, refuse_secrets, split_s3
+from data_prep.walk import Note, Walk
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 __all__ = [
     "DANGLING",
+    "ODD_KEY",
+    "UNREADABLE",
     "DamageError",
     "FileInfo",
     "StorageError",
@@ -60,6 +64,9 @@ __all__ = [
 ]
 
 DANGLING = "a link to nothing"
+ODD_KEY = "its key has the part . or .., which servers read as another key; rename the object"
+UNREADABLE = (DANGLING, ODD_KEY)
+"""What takes the place of the version of files that cannot be read."""
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
 _BLOCK_BYTES = 2**20
@@ -83,7 +90,7 @@ class FileInfo:
     """One listed file: `path` relative to the listed folder, `size` in bytes.
 
     `version` changes with the content: the ETag in an object store, the modification time in ns on a disk,
-    DANGLING for a link to nothing.
+    DANGLING for a link to nothing, ODD_KEY for a key that servers disagree about.
     """
 
     path: str
@@ -154,15 +161,28 @@ def list_files(uri: str) -> list[FileInfo]:
     return sorted(iter_files(uri), key=lambda info: os.fsencode(info.path))
 
 
-def iter_files(uri: str) -> Iterator[FileInfo]:
-    """Every file below a folder or prefix, one by one: sorted on a disk, in the server's order in an object store."""
+def iter_files(
+    uri: str, skip: Callable[[str], bool] = lambda _: False, note: Note = lambda *_: None
+) -> Iterator[FileInfo]:
+    """Every file below a folder or prefix, one by one: sorted on a disk, in the server's order in an object store.
+
+    Links are followed; a folder that is reached a second time, by a loop or another link, is passed over. `skip`
+    says which paths are left out, on a disk with all that is below them. `note` is told each path that was left out
+    and why: nothing for those of `skip`.
+    """
     root = normalise(uri)
     with _naming(root):
         if is_local(root):
-            yield from _walk(root, "")
-        else:
-            for path, size, tag in s3.objects(root):
-                yield FileInfo(path, f"{root}/{path}", size, tag)
+            for path in Walk(root, skip, note).below(""):
+                is_ours = os.path.basename(path).startswith(_TEMPORARY)
+                if not is_ours and (info := _local_file(root, path, note)) is not None:
+                    yield info
+            return
+        for path, size, tag in s3.objects(root):
+            if skip(path):
+                note(path, "")
+            else:
+                yield FileInfo(path, f"{root}/{path}", size, ODD_KEY if key_fault(path) else tag)
 
 
 def file_info(uri: str) -> FileInfo:
@@ -224,7 +244,7 @@ def delete_tree(uri: str) -> None:
         raise StorageError(f"{root}: refusing to delete all of it; name a folder or prefix inside")
     with _naming(root):
         if not is_local(root):
-            s3.delete([f"{root}/{path}" for path, _, _ in s3.objects(root)])
+            s3.delete_below(root)
         elif os.path.isdir(root):
             shutil.rmtree(root)
 
@@ -276,6 +296,7 @@ def writing(uri: str) -> Iterator[BinaryIO]:
 
 def check_writable(uri: str) -> None:
     """Write, read back and delete a small probe below `uri`. Raises StorageError with the remedy."""
+    refuse_secrets(uri)
     probe, data = join(uri, f".hatchery-probe-{uuid.uuid4().hex}"), uuid.uuid4().bytes
     with _naming(uri):
         if is_local(uri):
@@ -308,24 +329,15 @@ def filesystem(uri: str) -> tuple["FileSystem", str]:
 
     if is_local(uri):
         return fs.LocalFileSystem(), normalise(uri)
-    return _patient_s3(s3.arrow_options()), normalise(uri).removeprefix("s3://")
+    from data_prep import arrow_s3  # imports pyarrow
 
-
-def _patient_s3(options: dict[str, str]) -> "FileSystem":
-    """pyarrow's S3, which tries again for two minutes: by default a server away for ten seconds ends its user."""
-    from pyarrow import fs
-
-    class PatientS3(fs.S3FileSystem):
-        def __reduce__(self) -> tuple[Any, ...]:  # pyarrow's own forgets the retry strategy
-            return _patient_s3, (options,)
-
-    return PatientS3(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=12), request_timeout=30, **options)
+    return arrow_s3.file_system(), normalise(uri).removeprefix("s3://")
 
 
 def may_pass(error: StorageError) -> bool:
     """Whether the same call may succeed later: the storage is away, busy or full, rather than that it said no."""
     cause = error.__cause__
-    if isinstance(cause, OSError):
+    if isinstance(cause, OSError) and not isinstance(cause, BotoCoreError):  # some of which are both
         return cause.errno not in _REMEDIES or cause.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(cause, Exception) and not isinstance(error, DamageError) and s3.may_pass(cause)
 
@@ -340,7 +352,7 @@ def _naming(uri: str) -> Iterator[None]:
     except ClientError as error:
         kind = DamageError if s3.is_missing(error) else StorageError
         raise kind(f"{normalise(uri)}: {s3.reason(error)}") from error
-    except (BotoCoreError, Boto3Error) as error:
+    except (BotoCoreError, Boto3Error, RecursionError) as error:
         raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0) or f"{error.strerror or error}; check the path"
@@ -394,24 +406,14 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _walk(root: str, below: str) -> Iterator[FileInfo]:
-    """The files below root/below, sorted by the bytes of their paths, of which one folder at a time is held."""
-    folder = os.path.join(root, below)
-    try:
-        with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: os.fsencode(entry.name) + b"/" * entry.is_dir())
-    except (FileNotFoundError, NotADirectoryError):
-        if below:
-            raise
-        return
-    for entry in listed:
-        path = os.path.join(below, entry.name)
-        if entry.is_dir():
-            yield from _walk(root, path)
-        elif not entry.name.startswith(_TEMPORARY):
-            if entry.is_symlink() and not os.path.exists(entry.path):
-                yield FileInfo(path, os.path.join(root, path), 0, DANGLING)
-                continue
-            with _naming(entry.path):
-                status = os.stat(entry.path)
-            yield FileInfo(path, os.path.join(root, path), status.st_size, str(status.st_mtime_ns))
+def _local_file(root: str, path: str, note: Note) -> FileInfo | None:
+    """A file that was found below a folder; None, and noted, where it is a pipe or the like: no read of it ends."""
+    place = os.path.join(root, path)
+    if os.path.islink(place) and not os.path.exists(place):
+        return FileInfo(path, place, 0, DANGLING)
+    with _naming(place):
+        status = os.stat(place)
+    if not stat.S_ISREG(status.st_mode):
+        note(path, "neither a file nor a folder")
+        return None
+    return FileInfo(path, place, status.st_size, str(status.st_mtime_ns))

@@ -27,6 +27,8 @@ class UpscalingNetwork(nn.Module):
     """Upscaling factor."""
     multiple: int
     """Pixels that height and width of the input must be divisible by."""
+    is_residual: bool
+    """Whether conv_last reads the body and is added to the input: there is no conv_before_upsample then."""
     config: dict[str, Any]
     """All arguments, JSON-able: `build(**network.config)` makes the same network."""
 
@@ -174,3 +176,8 @@ def stages_of(state_dict: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Factors of the PixelShuffle stages that a state dict was trained with; () where it has no upsampler."""
     weights = (state_dict.get(f"upsample.{2 * stage}.weight") for stage in range(3))
     return tuple(round((len(weight) / weight.shape[1]) ** 0.5) for weight in weights if weight is not None)
+
+
+def restoration_head_of(state_dict: Mapping[str, Tensor]) -> str:
+    """How the network of a state dict of scale 1 ends, as `restoration_head` names it."""
+    return "reconstruction" if "conv_before_upsample.0.weight" in state_dict else "residual"

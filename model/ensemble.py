@@ -20,9 +20,10 @@ def ensemble(upscale: Upscale, low_res_bchw: Tensor, progress: Progress | None =
     total_bchw: Tensor | None = None
     for number, turn in enumerate(product((False, True), repeat=3)):
         out_bchw = _turned_back(upscale(_turned(low_res_bchw, turn), part(progress, number, NUM_TURNS)), turn)
-        total_bchw = out_bchw if total_bchw is None else total_bchw + out_bchw
+        total_bchw = out_bchw if total_bchw is None else total_bchw.add_(out_bchw)
+        del out_bchw  # the next turn needs its memory
     assert total_bchw is not None
-    return total_bchw / NUM_TURNS
+    return total_bchw.div_(NUM_TURNS)
 
 
 def _turned(x_bchw: Tensor, turn: tuple[bool, ...]) -> Tensor:

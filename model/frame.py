@@ -1,8 +1,9 @@
 """What HAT and HMANet share: everything but the blocks of a group.
 
 A convolution lifts the image to features, groups of attention blocks refine them, a convolution closes the
-body, and PixelShuffle stages enlarge. Scale 1 (restoration without upscaling) has no reconstruction head:
-conv_last reads the body and is added to the input.
+body, and PixelShuffle stages enlarge. Scale 1 (restoration without upscaling) has the same reconstruction head without
+such stages, as other programs have it; with `restoration_head: residual` conv_last reads the body instead and is added
+to the input.
 
 Axes in tensor names: b batch, h height, w width, c channels, n/m queries/keys of a window, g kinds of mask.
 """
@@ -19,6 +20,7 @@ from model.init import published_init
 from model.lean import Conv2d, Remake, add
 
 Checkpoint = Literal["none", "block"]
+RestorationHead = Literal["reconstruction", "residual"]
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 """Mean of DIV2K, subtracted from the input as published."""
 
@@ -45,6 +47,9 @@ class FrameConfig:
     """Factor on the input after the mean is subtracted."""
     checkpoint: Checkpoint = "none"
     """`block` recomputes each block's activations in the backward pass: less memory, more time."""
+    restoration_head: RestorationHead = "reconstruction"
+    """How scale 1 ends (others do not ask): `reconstruction`, as at the other scales but without PixelShuffle, which is
+    what other programs load; `residual`: one convolution of the body, added to the input."""
 
     def __post_init__(self) -> None:
         if self.scale not in STAGES:
@@ -64,6 +69,18 @@ class FrameConfig:
             raise ValueError(f"img_range={self.img_range} and mlp_ratio={self.mlp_ratio} must be positive")
         if self.checkpoint not in get_args(Checkpoint):
             raise ValueError(f"checkpoint={self.checkpoint!r}: choose one of {get_args(Checkpoint)}")
+        if self.restoration_head not in get_args(RestorationHead):
+            raise ValueError(f"restoration_head={self.restoration_head!r}: choose one of {get_args(RestorationHead)}")
+
+    @property
+    def has_residual_head(self) -> bool:
+        """Whether what the network computes is added to its input."""
+        return self.scale == 1 and self.restoration_head == "residual"
+
+    @property
+    def multiple(self) -> int:
+        """What an input's height and width must be multiples of, in low-resolution pixels."""
+        return self.window_size
 
     @property
     def mlp_dim(self) -> int:
@@ -124,7 +141,8 @@ class Frame(UpscalingNetwork):
         super().__init__()
         dim = config.embed_dim
         self.scale = config.scale
-        self.multiple = config.window_size
+        self.is_residual = config.has_residual_head
+        self.multiple = config.multiple
         self.config = {"arch": self.arch, **asdict(config)}
         self.config.update(depths=list(config.depths), num_heads=list(config.num_heads))
         self.img_range = config.img_range
@@ -137,12 +155,12 @@ class Frame(UpscalingNetwork):
         self.layers = nn.ModuleList(ResidualGroup(blocks, dim) for blocks in groups)
         self.norm = nn.LayerNorm(dim)
         self.conv_after_body = Conv2d(dim, dim, 3, padding=1)
-        if config.scale > 1:
+        if not self.is_residual:
             self.conv_before_upsample = nn.Sequential(
                 nn.Conv2d(dim, NUM_FEAT, 3, padding=1), nn.LeakyReLU(0.01, inplace=True)
             )
             self.upsample = upsampler(config.scale)
-        self.conv_last = Float32Conv2d(NUM_FEAT if config.scale > 1 else dim, 3, 3, padding=1)
+        self.conv_last = Float32Conv2d(dim if self.is_residual else NUM_FEAT, 3, 3, padding=1)
         self.apply(published_init)
 
     def tables(self) -> tuple[Tensor, ...]:
@@ -161,10 +179,10 @@ class Frame(UpscalingNetwork):
         normed_bchw = self._normed_bchw(body_bhwc)
         body_bchw = self.conv_after_body(normed_bchw, Remake(body_bhwc, self._normed_bchw))
         features_bchw = add(shallow_bchw, body_bchw)
-        if self.scale > 1:
-            features_bchw = self.upsample(self.conv_before_upsample(features_bchw))
-            return self.conv_last(features_bchw) / self.img_range + self.mean
-        return (x_bchw + self.conv_last(features_bchw)) / self.img_range + self.mean
+        if self.is_residual:
+            return (x_bchw + self.conv_last(features_bchw)) / self.img_range + self.mean
+        features_bchw = self.upsample(self.conv_before_upsample(features_bchw))
+        return self.conv_last(features_bchw) / self.img_range + self.mean
 
     def _body(self, x_bchw: Tensor) -> Tensor:
         x_bhwc = self.patch_embed(x_bchw.permute(0, 2, 3, 1))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.attention import WindowAttention
 from model.blocks import DropPath, Mlp
-from model.frame import Frame, FrameConfig, run_block
+from model.frame import Frame, FrameConfig, RestorationHead, run_block
 from model.init import published_init
 from model.lean import Linear, Remake, add, gelu, in_compute_dtype
 from model.windows import shift_masks, window_index
@@ -39,6 +39,8 @@ class HatUnetConfig(FrameConfig):
     """Attention heads of each level."""
     window_size: int = 8
     """Side of a window, in pixels of its level; even."""
+    restoration_head: RestorationHead = "residual"
+    """As in `FrameConfig`; a U for restoration adds what it computes to its input, and no other program reads it."""
     fusion: Fusion = "gate"
     """How a block joins its branches: a linear layer over both, their sum, or a learned mixture at every pixel."""
     refinement: int = 4
@@ -52,6 +54,11 @@ class HatUnetConfig(FrameConfig):
             raise ValueError(f"embed_dim={self.embed_dim} must be even: half of it goes up to the next level")
         if self.refinement < 0:
             raise ValueError(f"refinement={self.refinement} must not be negative")
+
+    @property
+    def multiple(self) -> int:
+        """A window of the bottom level, in pixels of the finest one."""
+        return int(self.window_size * 2 ** (len(self.depths) - 1))
 
     def dim(self, level: int) -> int:
         """Channels of a level, from 0."""
@@ -159,7 +166,6 @@ class HatUnet(Frame):
         window, bottom = config.window_size, len(config.depths) - 1
         tables = {"relative_position_index": window_index(window), "shift_masks": shift_masks(window)}
         super().__init__(config, tables, [])
-        self.multiple = window * 2**bottom
         rates = config.drop_path_rates
         self.encoder = nn.ModuleList(Level(config, level, rates[level]) for level in range(bottom + 1))
         self.down = nn.ModuleList(Resampling(config.dim(level), down=True) for level in range(bottom))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.blocks import NUM_FEAT, STAGES, UpscalingNetwork, stages_of
+from model.blocks import NUM_FEAT, STAGES, UpscalingNetwork, restoration_head_of, stages_of
 
 TAILS = ("resample", "fresh", "bicubic")
 SLOPE = 0.01
@@ -39,20 +39,19 @@ def bicubic_start(network: UpscalingNetwork) -> None:
     nn.init.zeros_(network.conv_after_body.weight)
     if network.conv_after_body.bias is not None:
         nn.init.zeros_(network.conv_after_body.bias)
-    if network.scale == 1:
-        _clear(network.conv_last, 3)
-    else:
-        _bicubic_tail(network)
+    _bicubic_tail(network)
 
 
 def transfer(source: dict[str, Tensor], network: UpscalingNetwork, *, tail: str = "resample") -> dict[str, str]:
     """Load what fits of another scale's state dict (a cascade step) and say per key what was done.
 
-    Everything but the PixelShuffle stages has the same shape at every scale from 2 and is copied. `tail` says
-    how stages begin that the source does not have:
+    Everything but the PixelShuffle stages has the same shape at every scale and is copied, conv_last only where the
+    source ends as the network does (see `restoration_head`). `tail` says how stages begin that the source does not
+    have:
     - "resample" (default): a stage of another factor is interpolated between the sub-pixel positions of the
       source's, a further stage interpolates its features, so the new scale begins near the old one's gain. Where
-      the source has more stages, the last one here gives the source's image at fewer sub-pixels.
+      the source has more stages, the last one here gives the source's image at fewer sub-pixels; at scale 1, which
+      has none, conv_last does.
     - "fresh": they stay as `network` has them (what the published cascade does).
     - "bicubic": conv_before_upsample, upsample and conv_last are set as in `bicubic_start`; only sensible if
       the source was itself trained from there.
@@ -63,30 +62,47 @@ def transfer(source: dict[str, Tensor], network: UpscalingNetwork, *, tail: str 
     Downwards, at step 0, from an x4 network of 24 channels, 150 steps after its bicubic start (28.64 dB):
     x2 resample 33.79, bicubic 33.82; x3 resample 30.58, bicubic 30.56. Untrained starts: within 0.1 dB of the new
     scale's own, for all pairs.
-    Values of the report: "copied", "resampled: ...", "interpolating: ...", "passing through: ...", "bicubic",
-    "fresh: ...".
-    ValueError for an unknown tail or a source of which nothing fits.
+    Values of the report: "copied", "computed" (a buffer that the source lacks), "resampled: ...",
+    "interpolating: ...", "passing through: ...", "bicubic", "fresh: ...".
+    ValueError for an unknown tail, a source of which nothing fits, or one whose position indices are others.
     """
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is unknown: choose one of {', '.join(TAILS)}")
     own = network.state_dict()
-    fitting = {key: value for key, value in source.items() if key in own and value.shape == own[key].shape}
-    if not any(value.is_floating_point() for value in fitting.values()):
-        raise ValueError(f"no tensor of the source fits {network.arch} x{network.scale}: a network of other sizes?")
-    report = {key: "copied" if key in fitting else _why_fresh(key, own[key], source) for key in own}
+    same_head = ("conv_before_upsample.0.weight" in source) == (not network.is_residual)
+    apart = () if same_head else ("conv_last.weight", "conv_last.bias")
+    fitting = {key: source[key] for key in own if key in source and source[key].shape == own[key].shape}
+    fitting = {key: value for key, value in fitting.items() if key not in apart}
+    _check_fitting(fitting, network)
+    report = {key: "copied" if key in fitting else _why_fresh(key, network, source) for key in own}
     network.load_state_dict(fitting, strict=False)
-    if tail == "bicubic" and network.scale > 1:
+    if tail == "bicubic" and not network.is_residual:
         _bicubic_tail(network)
         report |= {key: "bicubic" for key in own if key.startswith(("conv_before_up", "upsample", "conv_last"))}
-    if tail == "resample" and stages_of(source):
+    if tail == "resample" and same_head:
         report |= _resample_tail(source, network)
     return report
 
 
-def _why_fresh(key: str, own: Tensor, source: dict[str, Tensor]) -> str:
+def _check_fitting(fitting: dict[str, Tensor], network: UpscalingNetwork) -> None:
+    """ValueError where nothing but buffers fits, or buffers hold other values than are computed here."""
+    buffers = dict(network.named_buffers())
+    if not fitting.keys() - buffers.keys():
+        raise ValueError(f"no tensor of the source fits {network.arch} x{network.scale}: a network of other sizes?")
+    for key, value in fitting.items():
+        if key in buffers and not torch.equal(buffers[key].to(value), value):
+            raise ValueError(
+                f"{key} of the source has other values than {network.arch} computes: another program's order"
+            )
+
+
+def _why_fresh(key: str, network: UpscalingNetwork, source: dict[str, Tensor]) -> str:
     if key not in source:
-        return "fresh: not in the source"
-    return f"fresh: {tuple(source[key].shape)} in the source, {tuple(own.shape)} here"
+        return "computed" if key in dict(network.named_buffers()) else "fresh: not in the source"
+    own, theirs = tuple(network.state_dict()[key].shape), tuple(source[key].shape)
+    if own == theirs:
+        return f"fresh: of a {restoration_head_of(source)} head in the source"
+    return f"fresh: {theirs} in the source, {own} here"
 
 
 def _stage(network: UpscalingNetwork, stage: int) -> nn.Conv2d:
@@ -134,8 +150,12 @@ def _bicubic_tail(network: UpscalingNetwork) -> None:
     conv_before_upsample stores the 9 shifts of each colour with both signs (54 features), which gives the
     first stage 5x5 taps. It computes every output pixel there and then: its features are the sub-pixels that
     later stages only have to spread (at most 3 x 4 x 4 of 64, for x8).
+    Scale 1 passes the colours through, or adds nothing to its input.
     """
     factors = STAGES[network.scale]
+    if not factors:
+        _identity_tail(network)
+        return
     _store_shifts(_convolution(network.conv_before_upsample, 0))
     rest = network.scale // factors[0]
     _add_bicubic_taps(_stage(network, 0), factors[0], rest)
@@ -145,6 +165,19 @@ def _bicubic_tail(network: UpscalingNetwork) -> None:
     _clear(network.conv_last)
     for colour in range(3):
         network.conv_last.weight[colour, colour, 1, 1] = 1
+
+
+def _identity_tail(network: UpscalingNetwork) -> None:
+    """Each colour of the features with both signs through the LeakyReLU, and together again."""
+    _clear(network.conv_last)
+    if network.is_residual:
+        return
+    before = _convolution(network.conv_before_upsample, 0)
+    _clear(before, 6)
+    for colour in range(3):
+        for feature, sign in ((2 * colour, 1.0), (2 * colour + 1, -1.0)):
+            before.weight[feature, colour, 1, 1] = sign
+            network.conv_last.weight[colour, feature, 1, 1] = sign / (1 + SLOPE)
 
 
 def _store_shifts(conv: nn.Conv2d) -> None:
@@ -187,10 +220,19 @@ def _spread(conv: nn.Conv2d, factor: int, rest: int) -> None:
 def _resample_tail(source: dict[str, Tensor], network: UpscalingNetwork) -> dict[str, str]:
     """Set the stages that the source lacks or has with another factor; returns their part of the report.
 
-    Where the source has more stages, the last one here does the work of all that are left there, and of conv_last.
+    Where the source has more stages, the last one here does the work of all that are left there, and of conv_last;
+    conv_last does it where there is none here.
     """
     report: dict[str, str] = {}
     factors, own = stages_of(source), STAGES[network.scale]
+    if network.is_residual:
+        return report
+    if factors and not own:
+        for parameter, old in zip(network.conv_last.parameters(), _image_of(source, 0, factors), strict=True):
+            parameter.copy_(_mix_sub_pixels(old, math.prod(factors), 1))
+        return {
+            f"conv_last.{name}": f"resampled: the image from x{math.prod(factors)} sub-pixels to x1" for name in NAMES
+        }
     for stage, factor in enumerate(own):
         conv = _stage(network, stage)
         theirs = factors[stage:] if stage == len(own) - 1 else factors[stage : stage + 1]

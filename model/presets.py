@@ -32,11 +32,21 @@ def build(arch: str, scale: int, **overrides: Any) -> UpscalingNetwork:
     `build("hat", 2, embed_dim=24, depths=(2,), num_heads=(2,), window_size=8, squeeze_factor=6)`.
     ValueError for an unknown name or argument and for sizes that do not go together.
     """
+    config = configure(arch, scale, **overrides)
+    return NETWORKS[PRESETS[arch][0]][0](config)
+
+
+def arguments_of(arch: str) -> list[str]:
+    """The names of the arguments that a network takes; `arch` is a key of `PRESETS`."""
+    return [field.name for field in fields(NETWORKS[PRESETS[arch][0]][1])]
+
+
+def configure(arch: str, scale: int, **overrides: Any) -> FrameConfig:
+    """The config of a network, checked as `build` does, without making the network."""
     if arch not in PRESETS:
         raise ValueError(f"arch={arch!r} is unknown: choose one of {', '.join(PRESETS)}")
     name, preset = PRESETS[arch]
-    network, config = NETWORKS[name]
-    known = [field.name for field in fields(config)]
+    config, known = NETWORKS[name][1], arguments_of(arch)
     unknown = sorted(set(overrides) - set(known))
     if unknown:
         raise ValueError(f"{arch} has no argument {', '.join(unknown)}: it has {', '.join(known)}")
@@ -44,7 +54,7 @@ def build(arch: str, scale: int, **overrides: Any) -> UpscalingNetwork:
     arguments = {
         key: _of_type(key, value, types[key]) for key, value in {"scale": scale, **preset, **overrides}.items()
     }
-    return network(config(**arguments))
+    return config(**arguments)
 
 
 def _of_type(name: str, value: Any, wanted: Any) -> Any:

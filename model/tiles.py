@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.blocks import UpscalingNetwork
+from model.memory import is_out_of_memory, smallest_tile
 from model.precision import computing
 
 OVERLAP_WINDOWS = 4
@@ -22,14 +23,6 @@ OVERLAP_WINDOWS = 4
 
 Progress = Callable[[int, int], None]
 """Called with the tiles done and their number, which starts anew where memory asks for smaller tiles."""
-
-OUT_OF_MEMORY = (
-    *("DefaultCPUAllocator", "can't allocate memory", "Cannot allocate memory", "std::bad_alloc"),
-    "could not create a primitive",  # oneDNN names no reason: lack of memory is what makes it fail on known shapes
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
-    "unable to find an engine to execute",  # cuDNN's, where no algorithm's workspace fits
-)
-"""What errors say that have no type of their own for it."""
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +37,11 @@ class Tiler:
         overlap: int | None = None,
         batch: int = 1,
         precision: str = "fp32",
+        may_shrink: bool = True,
     ) -> None:
         """`tile`: side in low-resolution px, None for the whole image; `batch`: tiles worked on at once.
 
+        `may_shrink` False: a tile smaller than asked for would be another answer, so that lack of memory is an error.
         Tile and overlap (None: `OVERLAP_WINDOWS`) are rounded up to windows. ValueError for a tile not above its
         overlap, no batch, or a network in fp16.
         """
@@ -61,7 +56,7 @@ class Tiler:
             )
         if batch < 1:
             raise ValueError(f"batch={batch}: at least one tile must be worked on at once")
-        self.network, self.batch, self.precision = network, batch, precision
+        self.network, self.batch, self.precision, self.may_shrink = network, batch, precision, may_shrink
         self.device, self.dtype = network.conv_first.weight.device, network.conv_first.weight.dtype
         if self.dtype == torch.float16:
             raise ValueError("the network is in float16, which its activations overflow: call .float() or .bfloat16()")
@@ -87,6 +82,9 @@ class Tiler:
         tile, smallest = min(self.tile or side, side), smallest_tile(self.overlap, self.window)
         if self.batch > 1 and tile < side:
             self.batch //= 2
+        elif not self.may_shrink:
+            asked = f"tiles of {tile} px" if self.tile else "the whole image"
+            raise MemoryError(f"out of memory with {asked}, as asked for: ask for smaller tiles ({reason})")
         elif tile > smallest:
             self.tile = max(_up(tile // 2, self.window), smallest)
         else:
@@ -168,11 +166,6 @@ def _fade(start: int, tile: int, length: int, overlap: int, scale: int) -> Tenso
     return ((torch.minimum(before, after) - dropped + 1) / rise).clamp(0, 1)
 
 
-def smallest_tile(overlap: int, window: int) -> int:
-    """Side of the smallest useful tile: below twice the overlap every pixel is computed more than 4 times."""
-    return max(2 * overlap, window)
-
-
 def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
@@ -192,8 +185,3 @@ def padded(x_bchw: Tensor, multiple: int) -> Tensor:
 def _reflected(length: int, multiple: int) -> Tensor:
     """Indices 0 .. length - 1 and on by reflection to the next multiple."""
     return torch.from_numpy(np.pad(np.arange(length), (0, -length % multiple), mode="reflect"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or the CPU (see `OUT_OF_MEMORY`)."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in OUT_OF_MEMORY)

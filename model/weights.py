@@ -1,10 +1,12 @@
 """Weights in and out: published `.pth` files, safetensors, and the network that a state dict belongs to."""
 
+import functools
 import hashlib
 import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,32 +16,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.blocks import STAGES, UpscalingNetwork, stages_of
+from model.blocks import STAGES, UpscalingNetwork, restoration_head_of, stages_of
 from model.files import write_atomically
-from model.presets import build
+from model.layouts import COMPUTED, StateDict, name_of_other, state_dict_in
+from model.presets import NETWORKS, build
 
-StateDict = dict[str, Tensor]
-LAYOUTS = ("params_ema", "params", "state_dict")
-"""Where a `.pth` file may hold its tensors, the first that is not empty counting."""
+UNTOLD = ("conv_scale", "img_range", "interval_size")
+"""Arguments that change the output and that no shape tells: who reads a `.pth` takes the published values."""
 
 
 def read_weights(path: str | Path) -> StateDict:
-    """Tensors by name from a `.safetensors` file or a `.pth` that holds them in one of `LAYOUTS` or alone.
+    """Tensors by name, as published, from a `.safetensors` file or a `.pth` of any program (see `model.layouts`).
 
     On the CPU. ValueError for a file that is missing, damaged, without tensors, or that would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no weights file {path}")
-    if path.suffix != ".safetensors":
-        return _state_dict_in(_read_pickle(path), path)
+    if not _is_safetensors(path):
+        return state_dict_in(_read_pickle(path), path)
     try:
         state = safetensors.torch.load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if read_metadata(path).get("sha256", digest := content_sha256(state)) != digest:
         raise ValueError(f"{path} is damaged: its tensors do not have the sha256 that its header names")
-    return state
+    return state_dict_in(state, path)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -47,13 +49,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     ValueError for a file that cannot be read.
     """
-    if Path(path).suffix != ".safetensors":
+    if not _is_safetensors(Path(path)):
         return {}
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its ending, else by its first bytes: a length and the brace of a JSON header."""
+    if path.suffix.lower() == ".safetensors" or not path.is_file():
+        return path.suffix.lower() == ".safetensors"
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def content_sha256(state_dict: Mapping[str, Tensor]) -> str:
@@ -67,46 +77,47 @@ def content_sha256(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _read_pickle(path: Path) -> Any:
+    """What a PyTorch file holds, without running what pickles may run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is damaged or holds more than tensors; not loaded, since that could run code. "
-            f"Save its state dict alone. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch file: {error}") from error
+        raise ValueError(_why_not_loaded(path)) from error
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a readable PyTorch file: {' '.join(str(error).split())}") from error
 
 
-def _state_dict_in(content: Any, source: Path | str) -> StateDict:
-    """The tensors by name, without the `module.` that DataParallel puts before them."""
-    for name in LAYOUTS:
-        if isinstance(content, Mapping) and content.get(name):
-            content = content[name]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{source} holds no state dict: expected {', '.join(LAYOUTS)} or tensors by name")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{source}: {name!r} is a {type(value).__name__}, not a tensor")
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): value for name, value in content.items()}
+def _why_not_loaded(path: Path) -> str:
+    """What to say of a file that PyTorch refuses to open without running code."""
+    try:
+        classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError):  # none of PyTorch's zips
+        classes = []
+    beside = f" (it needs {', '.join(classes[:3])})" if classes else ""
+    return (
+        f"{path} is damaged or holds more than tensors{beside}; not loaded, since that could run code. "
+        "Where it was made, save its state dict alone: torch.save(network.state_dict(), 'weights.pth')"
+    )
 
 
 def recognise(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of `build` that the shapes of a state dict tell: arch, scale and all sizes.
 
-    What leaves no trace in the weights (conv_scale, interval_size, img_range, drop_path_rate) is not in the
-    answer. ValueError, naming what is missing, for a state dict of another architecture.
+    At scale 1 also restoration_head. What leaves no trace in the weights (conv_scale, interval_size, img_range,
+    drop_path_rate) is not in the answer. ValueError for a state dict of another architecture: names it where it is
+    known, else what is missing.
     """
     try:
         if "encoder.0.blocks.0.norm1.weight" in state_dict:
             return _unet_arguments(state_dict)
         is_hmanet = "layers.0.residual_group.gab.qkv.weight" in state_dict
         return _hmanet_arguments(state_dict) if is_hmanet else _hat_arguments(state_dict)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ZeroDivisionError, TypeError) as error:
+        known = ", ".join(NETWORKS)
+        if other := name_of_other(state_dict):
+            raise ValueError(f"these are weights of {other}; this program knows those of {known}") from error
+        missing = error.args[0] if isinstance(error, KeyError) else "a tensor of the first block"
         raise ValueError(
-            f"not the state dict of a network known here (hat, hmanet, hat_unet): {error} is missing or empty"
+            f"not the state dict of a network known here ({known}): {missing} is missing or empty"
         ) from error
 
 
@@ -124,15 +135,19 @@ def _common_arguments(
     factors = stages_of(state)
     if factors not in STAGES.values():
         raise ValueError(f"upsampling stages of factors {factors} belong to no known scale")
-    embed_dim = len(state["conv_first.weight"])
+    embed_dim, channels = state["conv_first.weight"].shape[:2]
+    if channels != 3:
+        raise ValueError(f"conv_first.weight takes images of {channels} channels: networks here take RGB, 3 channels")
+    scale = math.prod(factors)
     depths, num_heads = _groups(state, group)
     return {
-        "scale": math.prod(factors),
+        "scale": scale,
         "embed_dim": embed_dim,
         "depths": depths,
         "num_heads": num_heads,
         "window_size": (math.isqrt(len(state[first_block + "attn.relative_position_bias_table"])) + 1) // 2,
         "mlp_ratio": len(state[first_block + "mlp.fc1.weight"]) / embed_dim,
+        **({"restoration_head": restoration_head_of(state)} if scale == 1 else {}),
     }
 
 
@@ -176,7 +191,7 @@ def load(weights: str | Path | Mapping[str, Any], **overrides: Any) -> Upscaling
     safetensors file's header, else the published values; `overrides` are arguments of `build` and come first.
     ValueError for an unreadable file, an unknown architecture, or weights that do not fit.
     """
-    state = _state_dict_in(weights, "the mapping") if isinstance(weights, Mapping) else read_weights(weights)
+    state = state_dict_in(weights, "the mapping") if isinstance(weights, Mapping) else read_weights(weights)
     untold = {} if isinstance(weights, Mapping) else _config_of(Path(weights))
     network = build(**(untold | recognise(state) | overrides))
     load_strictly(network, state)
@@ -184,9 +199,12 @@ def load(weights: str | Path | Mapping[str, Any], **overrides: Any) -> Upscaling
 
 
 def _config_of(path: Path) -> dict[str, Any]:
-    """The arguments of `build` in a file's header, or none."""
+    """The arguments of `build` in the header of a file of ours, or none."""
+    about = read_metadata(path)
+    if "sha256" not in about:  # another program's, where the word means something else
+        return {}
     try:
-        config = json.loads(read_metadata(path).get("config", "{}"))
+        config = json.loads(about.get("config", "{}"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the config in its header is no JSON ({error})") from error
     if not isinstance(config, dict):
@@ -195,26 +213,35 @@ def _config_of(path: Path) -> dict[str, Any]:
 
 
 def load_strictly(network: UpscalingNetwork, state: Mapping[str, Tensor]) -> None:
-    """Copy a state dict into a network; ValueError names the first keys that differ.
+    """Copy a state dict into a network, in the network's dtypes; ValueError names the first keys that differ.
 
-    Position indices must hold our values: other ones mean another meaning of the bias tables.
+    Buffers are computed, so they may be absent. Those that are there must hold our values: other ones mean another
+    meaning of the bias tables.
     """
-    own = network.state_dict()
-    problems = _first("missing", [key for key in own if key not in state])
-    problems += _first("unexpected", [key for key in state if key not in own])
-    shared = [key for key in own if key in state]
-    misshapen = [key for key in shared if own[key].shape != state[key].shape]
+    own, buffers = network.state_dict(), dict(network.named_buffers())
+    trained = {key: value for key, value in own.items() if key not in buffers}
+    problems = _first("missing", [key for key in trained if key not in state])
+    surplus = [key for key in state if key not in trained and key not in buffers and not COMPUTED.fullmatch(key)]
+    problems += _first("unexpected", surplus)
+    shared = {key: state[key] for key in {**trained, **buffers} if key in state}
+    ours = {**buffers, **trained}
+    misshapen = [key for key, value in shared.items() if ours[key].shape != value.shape]
     problems += _first(
         "of another shape",
-        [f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}" for key in misshapen],
+        [f"{key} {tuple(state[key].shape)} instead of {tuple(ours[key].shape)}" for key in misshapen],
     )
-    indices = [key for key in shared if not own[key].is_floating_point() and key not in misshapen]
-    problems += _first(
-        "of another value", [key for key in indices if not torch.equal(own[key], state[key].to(own[key]))]
-    )
+    untrained = [key for key in shared if key in trained and not state[key].is_floating_point()]
+    problems += _first("of whole numbers", [f"{key} {state[key].dtype}" for key in untrained])
+    differing = [key for key in buffers if key in shared and key not in misshapen]
+    problems += _first("of another value", [key for key in differing if not _is_same(buffers[key], state[key])])
     if problems:
         raise ValueError(f"weights do not fit {network.arch} x{network.scale}: {'; '.join(problems)}")
-    network.load_state_dict(state)
+    network.load_state_dict({key: value for key, value in shared.items() if key in trained}, strict=False)
+
+
+def _is_same(own: Tensor, theirs: Tensor) -> bool:
+    """Whether a buffer holds our values, as far as its type can hold them."""
+    return torch.equal(own.cpu().to(theirs.dtype), theirs.cpu())
 
 
 def load_parameters(network: UpscalingNetwork, state: Mapping[str, Tensor]) -> None:
@@ -255,13 +282,34 @@ def _on_cpu(state_dict: Mapping[str, Tensor]) -> StateDict:
 def save_network(path: str | Path, network: UpscalingNetwork, **lineage: str) -> None:
     """Write a network as `.safetensors` with its arch, scale, config and lineage, or as `.pth` (tensors only).
 
-    ValueError for another ending.
+    A `.pth` of a network with other than the published `UNTOLD` warns, once. ValueError for another ending.
     """
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pth"):
         raise ValueError(f"{path}: choose an ending among .safetensors, .pth")
     if suffix == ".pth":
+        if untold := untold_by_pth(network):
+            _warn_once(untold)
         save_pth(path, network.state_dict())
     else:
         about = {"arch": network.arch, "scale": str(network.scale), "config": json.dumps(network.config)}
         save_safetensors(path, network.state_dict(), about | lineage)
+
+
+def untold_by_pth(network: UpscalingNetwork) -> str | None:
+    """One line on the arguments that a `.pth` file cannot tell and that are not the published ones; None without."""
+    _, config = NETWORKS[network.arch]
+    differing = {
+        key: network.config[key]
+        for key in UNTOLD
+        if key in network.config and network.config[key] != getattr(config, key)
+    }
+    if not differing:
+        return None
+    said = ", ".join(f"{key}={value:g} (published: {getattr(config, key):g})" for key, value in differing.items())
+    return f"a .pth file cannot tell {said}: programs that read it take the published value; .safetensors tells ours"
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)

@@ -7,15 +7,14 @@ and lowered while it does not fit. The global batch does not move: accumulation 
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from model.limits import free_memory_bytes
 from model.losses import Loss
-from model.tiles import is_out_of_memory
+from model.memory import is_out_of_memory
 from pipeline.config import ComputeConfig, PhaseConfig
 from pipeline.memory import StateBytes, saved_bytes, training_pass
 
@@ -63,14 +62,7 @@ def memory_limit(compute: ComputeConfig, device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.max_workers))
-    return min(psutil.virtual_memory().available, _container_limit()) / here
-
-
-def _container_limit() -> float:
-    """What the container may use, in bytes; infinite where there is no limit (cgroup v2)."""
-    file = Path("/sys/fs/cgroup/memory.max")
-    text = file.read_text().strip() if file.exists() else "max"
-    return float("inf") if text == "max" else float(text)
+    return free_memory_bytes() / here
 
 
 def _needed(network: nn.Module, loss: Loss, phase: PhaseConfig, size: int, scale: int, bf16: bool) -> float:

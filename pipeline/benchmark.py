@@ -6,10 +6,11 @@ MATLAB-exact bicubic, as the published ones were made.
 """
 
 import hashlib
+import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from urllib.parse import unquote
 
 import numpy as np
 from pydantic import Field
@@ -18,14 +19,16 @@ from data_prep import sources
 from data_prep.bicubic import imresize, to_uint8
 from data_prep.degrade import degrade
 from data_prep.degrade_steps import Step
-from data_prep.image import decode
+from data_prep.image import decode, whole
+from data_prep.image_files import PassedOver
+from data_prep.layouts import is_low_res_folder, low_res_folder, selfexsr_name
 from data_prep.sources import Item
+from data_prep.uri import printable
 from pipeline.settings import Settings, digest_of
 
 METRICS = ("psnr_y", "ssim_y")
 _CUT = re.compile(r"GTmod(\d+)/")  # BasicSR's: ground truth cut to a multiple
-_TRUTH = re.compile(r"HR|GTmod\d+")
-_LOW_RES = re.compile(r"(?i)(.*_)?lr([_-].*|bic.*|x?\d.*)?|lq")
+_TRUTH = re.compile(r"HR|GTmod\d+|image_SRF_\d+")
 
 
 class LpipsConfig(Settings):
@@ -91,49 +94,77 @@ def set_name(uri: str) -> str:
     return parts[-2] if len(parts) > 1 and _TRUTH.fullmatch(parts[-1]) else parts[-1].rstrip(":")
 
 
-def read_set(uri: str, scale: int, include: tuple[str, ...] = (), steps: tuple[Step, ...] = ()) -> list[BenchmarkImage]:
+def set_fingerprint(images: Iterable[Item]) -> str:
+    """Changes with a set's files, and with the rule by which they are paired: see `sources.fingerprint`."""
+    items = list(images)
+    of_files = sources.fingerprint(items)
+    return digest_of([of_files, "SelfExSR"]) if any(selfexsr_name(item.path) for item in items) else of_files
+
+
+def read_set(
+    uri: str,
+    scale: int,
+    include: tuple[str, ...] = (),
+    steps: tuple[Step, ...] = (),
+    passed_over: PassedOver | None = None,
+) -> list[BenchmarkImage]:
     """A benchmark's images. `uri`: a folder or prefix in one of the layouts that sets are published in.
 
     Truth is in HR/, or in GTmod2/, GTmod12/ ... (the one that the scale divides), else every image outside of folders
     of low-resolution images. Low resolution is in LR_bicubic/X{scale}/ or LRbicx{scale}/ (scale 1: LQ/), if there is
-    any; its names carry the scale (`babyx2.png` for `baby.png`) or equal the high-resolution ones. `steps` make all of
-    it instead.
+    any; its names carry the scale (`babyx2.png` for `baby.png`) or equal the high-resolution ones. In SelfExSR's layout
+    the two lie side by side, as img_001_SRF_2_HR.png and img_001_SRF_2_LR.png. `steps` make all of the low resolution
+    instead. What is no image is counted in `passed_over`.
     ValueError where there is no image, two have one name, some low-resolution image is missing, or none at scale 1.
     """
-    items = {unquote(item.key): item for item in sources.list_items(uri)}
+    items = {item.path: item for item in sources.list_items(uri, passed_over=passed_over)}
     wanted = {item.key for item in (sources.list_items(uri, include) if include else items.values())}
-    truth = _truth(uri, list(items), scale)
-    published = {} if steps else {path: item for path, item in items.items() if _is_low_res_of(path, scale)}
-    low_res = {PurePosixPath(path).stem: item for path, item in published.items()}
+    truth, low_res = _sides(uri, items, scale)
+    if steps:
+        low_res = {}
     if scale == 1 and not (steps or low_res):
         raise ValueError(
             f"{uri}: nothing degrades it: list steps in evaluate.degrade (--degrade), or add LQ/ beside HR/"
         )
     chosen: dict[str, BenchmarkImage] = {}
-    for path in truth:
-        stem, item = PurePosixPath(path).stem, items[path]
+    for path, name in truth.items():
+        item = items[path]
         if item.key not in wanted:
             continue
-        if stem in chosen:
+        if name in chosen:
             raise ValueError(
-                f"{uri}: {path} and {unquote(chosen[stem].high_res.key)} are both called {stem}: rename one, or make "
+                f"{uri}: {path} and {chosen[name].high_res.path} are both called {name}: rename one, or make "
                 f"their folders sets of their own"
             )
-        chosen[stem] = BenchmarkImage(stem, item, low_res.get(f"{stem}x{scale}", low_res.get(stem)), steps)
+        chosen[name] = BenchmarkImage(printable(name), item, low_res.get(f"{name}x{scale}", low_res.get(name)), steps)
     if not chosen:
         raise ValueError(f"{uri}: include {list(include)} takes none of its high-resolution images: correct it")
     missing = [image.name for image in chosen.values() if image.low_res is None]
     if low_res and missing:
-        folder = "/".join(next(iter(published)).split("/")[:-1])
+        folder = posixpath.dirname(next(iter(low_res.values())).path)
         raise ValueError(
             f"{uri}/{folder} lacks the low-resolution images of {', '.join(missing[:5])}: add them or remove it"
         )
     return list(chosen.values())
 
 
+def _sides(uri: str, items: dict[str, Item], scale: int) -> tuple[dict[str, str], dict[str, Item]]:
+    """(name by path of the high-resolution images, low-resolution ones by name) of a set at a scale."""
+    named = {path: found for path in items if (found := selfexsr_name(path))}
+    truth = {path: found.name for path, found in named.items() if found[1:] == (scale, "HR")}
+    if truth:
+        return truth, {found.name: items[path] for path, found in named.items() if found[1:] == (scale, "LR")}
+    if scales := sorted({found.scale for found in named.values() if found.kind == "HR"}):
+        known = ", ".join(f"x{found}" for found in scales)
+        raise ValueError(f"{uri} has images for {known}, none for x{scale}: add image_SRF_{scale}/ or choose a scale")
+    low_res = {path: item for path, item in items.items() if _is_low_res_of(path, scale)}
+    by_stem = {PurePosixPath(path).stem: item for path, item in low_res.items()}
+    return {path: PurePosixPath(path).stem for path in _truth(uri, list(items), scale)}, by_stem
+
+
 def _truth(uri: str, paths: list[str], scale: int) -> list[str]:
     """The paths of the high-resolution images. ValueError where there are only others."""
-    if _LOW_RES.fullmatch(re.sub(r"/X\d+$", "", uri.rstrip("/")).rpartition("/")[2]):
+    if is_low_res_folder(re.sub(r"/X\d+$", "", uri.rstrip("/")).rpartition("/")[2]):
         raise ValueError(f"{uri} holds low-resolution images: name the folder of the whole set")
     cut = {path.split("/")[0]: int(match[1]) for path in paths if (match := _CUT.match(path))}
     fitting = sorted((multiple != scale, multiple, name) for name, multiple in cut.items() if multiple % scale == 0)
@@ -142,14 +173,14 @@ def _truth(uri: str, paths: list[str], scale: int) -> list[str]:
             return found
     if cut:
         raise ValueError(f"{uri} has {', '.join(sorted(cut))}, none of them cut for x{scale}: add GTmod{scale}/ or HR/")
-    found = [path for path in paths if not any(_LOW_RES.fullmatch(part) for part in path.split("/")[:-1])]
+    found = [path for path in paths if not low_res_folder(path)]
     if not found:
         raise ValueError(f"{uri} holds only low-resolution images: add HR/ with the high-resolution ones")
     return found
 
 
 def _is_low_res_of(path: str, scale: int) -> bool:
-    return path.startswith("LQ/" if scale == 1 else (f"LR_bicubic/X{scale}/", f"LRbicx{scale}/"))
+    return path.startswith(("LQ/", "lq/") if scale == 1 else (f"LR_bicubic/X{scale}/", f"LRbicx{scale}/"))
 
 
 def read_pair(image: BenchmarkImage, scale: int) -> Pair:
@@ -175,9 +206,9 @@ def read_pair(image: BenchmarkImage, scale: int) -> Pair:
 
 
 def _decode(data: bytes, item: Item) -> np.ndarray:
-    """uint8 RGB, shape (height, width, 3), read as training reads it."""
+    """uint8 RGB, shape (height, width, 3), read as training reads it; a damaged JPEG is none."""
     try:
-        return decode(data)
+        return decode(whole(data))
     except ValueError as error:
         raise ValueError(f"{item.uri} {error}: replace it or leave it out") from error
 

@@ -1,4 +1,4 @@
-"""`hatchery plan`: what a recipe needs on a cluster, before anything is rented: memory, traffic, days."""
+"""`hatchery plan` for GPUs: what a recipe needs on a cluster, before anything is rented: memory, traffic, days."""
 
 import math
 import time
@@ -11,6 +11,7 @@ from torch import nn
 from data_prep.loader import micro_batches_per_step
 from model import build
 from model.losses import build_loss
+from model.precision import has_bf16
 from pipeline.arithmetic import macs_per_sample
 from pipeline.autobatch import CPU_TEMPORARIES, MARGIN
 from pipeline.config import PhaseConfig, Recipe
@@ -41,6 +42,14 @@ class Sample:
     kept: dict[str, float]
     time_s: float
     gmacs: float
+
+
+def measures_in_bf16(phase: PhaseConfig) -> bool:
+    """Whether a sample is measured in bf16: where the phase may use it, and this machine's CPU computes in it.
+
+    Where bf16 is only emulated it would take minutes, and its time would say nothing.
+    """
+    return phase.precision != "fp32" and has_bf16(torch.device("cpu"))
 
 
 def measure_sample(recipe: Recipe, training: str, bf16: bool) -> Sample:
@@ -108,10 +117,10 @@ def training_table(
         saves = num_checkpoints(phase, step_s, recipe.compute.checkpoint_every_s)
         table.add_row(
             name,
-            str(phase.steps),
+            str(steps_of(phase, step_s)),
             str(phase.global_batch),
             f"{step_s:.3g}",
-            f"{phase.steps * step_s / 86400:.2f}",
+            f"{steps_of(phase, step_s) * step_s / 86400:.2f}",
             f"{phase.global_batch / step_s / machines.nodes * image_kb / 1e3:.2f}",
             f"{saves * checkpoint_bytes(recipe, name) / GB:.1f}",
         )
@@ -121,7 +130,12 @@ def training_table(
 def num_checkpoints(phase: PhaseConfig, step_s: float, every_s: float | None) -> int:
     """Checkpoints of a training: at its phase's steps, and by the clock where those are further apart."""
     between = min(phase.checkpoint_every, every_s / step_s) if every_s else phase.checkpoint_every
-    return math.ceil(phase.steps / max(between, 1))
+    return math.ceil(steps_of(phase, step_s) / max(between, 1))
+
+
+def steps_of(phase: PhaseConfig, step_s: float) -> int:
+    """The steps of a training: those of its phase, or as many as its minutes hold."""
+    return phase.steps or max(1, round((phase.minutes or 0) * 60 / step_s))
 
 
 def checkpoint_bytes(recipe: Recipe, training: str) -> float:
@@ -141,6 +155,8 @@ def notes(recipe: Recipe, training: str, machines: Machines, sample: Sample, giv
         if given
         else "step times are one process of this machine's CPU for each GPU: measure yours and give --step-time",
     ]
+    if phase.precision != "fp32" and not measures_in_bf16(phase):
+        lines.append("measured in fp32, since this CPU has no bf16: in bf16, as GPUs take it, a sample keeps less")
     if phase.perceptual or phase.adversarial:
         lines.append("perceptual and adversarial losses are left out: VGG's activations, the discriminator, their time")
     passes = micro_batches_per_step(phase.global_batch, 1, machines.gpus)

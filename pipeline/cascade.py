@@ -40,7 +40,7 @@ def check_fits(weights: dict[str, Tensor], origin: str, model: ModelConfig, scal
     differing = [
         f"{key} {value} (the recipe's: {wanted.get(key)})"
         for key, value in found.items()
-        if key != "scale" and wanted.get(key) != value
+        if key not in ("scale", "restoration_head") and wanted.get(key) != value  # transfer knows what to do with these
     ]
     if differing:
         raise ValueError(

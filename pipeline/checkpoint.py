@@ -192,6 +192,12 @@ def open_at(uri: str) -> ray.train.Checkpoint:
     return ray.train.Checkpoint(path, filesystem)
 
 
+def steps_of(checkpoint: ray.train.Checkpoint) -> int:
+    """The step that a checkpoint was made after."""
+    with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{META}") as file:
+        return int(json.loads(file.read())["step"])
+
+
 def ema_weights(checkpoint: ray.train.Checkpoint) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, whole: what is exported."""
     with checkpoint.as_directory() as folder:

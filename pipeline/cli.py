@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_prep.redact import without_secrets
+from data_prep.uri import StorageError, printable
 from pipeline import cli_registry, cli_retrain, cli_shards
 from pipeline.cli_registry import Tracebacks
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, describe_os_error
 
 app = typer.Typer(
     name="hatchery",
@@ -21,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+_USERS_ERRORS = (ValueError, OSError, MemoryError)
 
 
 @app.callback()
@@ -50,15 +55,21 @@ def pretrain(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")] = False,
 ) -> None:
     """Run a recipe: shard, pre-train, cascade, fine-tune, evaluate, register, promote. Finished stages are skipped."""
-    from pipeline import pretrain as job
+    from pipeline.buckets import use_buckets
     from pipeline.config import load_recipe
+    from pipeline.survey import Choice
 
     loaded = load_recipe(recipe, override or [])
-    choice = job.Choice(stages.split(",") if stages else None, first, last)
+    use_buckets(loaded)
+    choice = Choice(stages.split(",") if stages else None, first, last)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if dry_run:
-        job.dry_run(loaded, choice, console)
+        from pipeline import dry_run as look
+
+        look.run(loaded, choice, console)
     else:
+        from pipeline import pretrain as job
+
         job.run(loaded, choice, console, address, debug)
 
 
@@ -66,30 +77,69 @@ def pretrain(
 def plan_command(
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of one in configs/recipe.")],
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Training processes on each.")] = 8,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Training processes on each; default 8 where the recipe wants GPUs, else those that are here."
+        ),
+    ] = None,
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="GB of each GPU.")] = 80,
-    step_time: Annotated[float | None, typer.Option(min=1e-6, help="Measured seconds per optimizer step.")] = None,
-    image_kb: Annotated[float, typer.Option(min=0.1, help="Mean size of a training image; ImageNet has 110.")] = 110,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Without GPUs: cores of each machine; default as this one.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Without GPUs: GB of each machine; default what is free here.")
+    ] = None,
+    step_time: Annotated[
+        float | None, typer.Option(min=1e-6, help="With GPUs: measured seconds per optimizer step.")
+    ] = None,
+    image_kb: Annotated[
+        float, typer.Option(min=0.1, help="With GPUs: mean size of a training image; ImageNet has 110.")
+    ] = 110,
     override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
     debug: Tracebacks = False,
 ) -> None:
-    """What a recipe needs on a cluster: memory per ZeRO stage, traffic, days. Measures one sample on this machine."""
-    from pipeline import capacity
+    """What a recipe needs: memory, traffic and days on GPUs; processes, memory and hours on CPUs.
+
+    For GPUs where the recipe wants them (compute.use_gpu) or --gpus-per-node is given, else for CPUs. Measures one
+    sample on this machine.
+    """
+    from pipeline import capacity_report
     from pipeline.config import load_recipe
 
+    if cpus is not None and gpus_per_node is not None:
+        raise ValueError(f"--cpus {cpus} and --gpus-per-node {gpus_per_node} exclude one another: give one of them")
     loaded = load_recipe(recipe, override or [])
-    machines = capacity.Machines(nodes, gpus_per_node, gpu_memory)
-    for phase in loaded.phases.values():
-        if phase.global_batch < machines.gpus:
-            raise ValueError(f"{machines.gpus} GPUs are more than the global batch {phase.global_batch}: use fewer")
-    training = next(iter(loaded.trainings))
-    bf16 = loaded.phases[loaded.trainings[training].phase].precision != "fp32"
-    sample = capacity.measure_sample(loaded, training, bf16)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(capacity.memory_table(loaded, training, machines, sample))
-    console.print(capacity.training_table(loaded, machines, sample, step_time, image_kb))
-    for line in capacity.notes(loaded, training, machines, sample, step_time is not None):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    gpus = gpus_per_node if cpus is None else None
+    if cpus is None and gpus is None:
+        gpus = capacity_report.gpus_wanted(loaded)
+    if gpus is None:
+        capacity_report.for_cpus(loaded, nodes, cpus, memory, console)
+    else:
+        capacity_report.for_gpus(loaded, nodes, gpus, gpu_memory, step_time, image_kb, console)
+
+
+@app.command("config")
+def config_command(
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, or a section with all below it; default all.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With the values of this one: YAML file, or the name of one in configs/recipe.")
+    ] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    debug: Tracebacks = False,
+) -> None:
+    """Print every key of a recipe: its value, its default, what it is for, what it takes."""
+    from pipeline import config_reference
+    from pipeline.config import load_recipe
+
+    if override and recipe is None:
+        raise ValueError(f"--set {override[0]} needs a recipe to change: give --recipe")
+    loaded = load_recipe(recipe, override or []) if recipe is not None else None
+    for found in config_reference.chosen(config_reference.keys(loaded), key):
+        typer.echo(found.as_line())
 
 
 @app.command("upscale")
@@ -105,6 +155,37 @@ def upscale_images(
     scale: Annotated[
         int | None, typer.Option(help="Must be the network's; alone it means the registry's champion of that scale.")
     ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Go on after a stop: leave out images whose results are there, not older, and of the wanted size.",
+        ),
+    ] = False,
+    result_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="png, tif, jpg, webp or bmp, for folders; auto: the image's own, or png where that cannot hold "
+            "its 16 bits or alpha.",
+        ),
+    ] = "auto",
+    quality: Annotated[
+        int | None, typer.Option(help="1 to 100, of JPEG (95) and WebP (without loss unless this is given).")
+    ] = None,
+    suffix: Annotated[
+        str, typer.Option(help="Goes into the names of a folder's results: _x4 makes photo_x4.png.")
+    ] = "",
+    outscale: Annotated[
+        float | None, typer.Option(help="Sides of the result over the image's: the network first, then one resize.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Of the result, px; alone, the height follows.")] = None,
+    height: Annotated[int | None, typer.Option(help="Of the result, px; alone, the width follows.")] = None,
+    alpha: Annotated[str, typer.Option(help="Transparency: enlarged by the network, by bicubic, or drop.")] = "network",
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, cuda:1, several by commas; auto: all GPUs, which share a folder, else cpu."),
+    ] = "auto",
     tile: Annotated[
         int | None,
         typer.Option(
@@ -119,7 +200,9 @@ def upscale_images(
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="The mean over 8 flips and turns: a little better, 8 times slower.")
     ] = False,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or auto: bf16 where the processor has it.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="fp32, bf16 (emulated, and slow, where the processor lacks it), or auto.")
+    ] = "auto",
     compiled: Annotated[
         bool,
         typer.Option("--compile", help="By torch.compile: minutes for each new size; needs a C++ compiler."),
@@ -134,16 +217,24 @@ def upscale_images(
 ) -> None:
     """Upscale an image or a folder of images: 8 and 16 bits, gray, RGB, alpha; PNG, JPEG, TIFF, WebP, BMP.
 
-    Exit code 1 where some images of a folder failed; the others are done.
+    EXIF, XMP, resolution and colour profile are kept. Exit code 1 where some images of a folder failed; the others
+    are done.
     """
-    from pipeline import upscale
+    from pipeline import upscale, upscale_files, upscale_image
 
-    jobs = upscale.plan(source, target)
-    network, name = upscale.open_network(upscale.Source(weights, model, scale, tracking_uri, interval_size))
-    options = upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled)
-    problems = upscale.run(jobs, network, name, options, Console(width=None if sys.stdout.isatty() else 120))
+    task = upscale.Task(
+        source,
+        target,
+        upscale.Source(weights, model, scale, tracking_uri, interval_size),
+        upscale_files.Naming(result_format, suffix, alpha != "drop"),
+        upscale_image.Wanted(outscale, width, height, alpha, quality),
+        upscale.Options(tile, tile_overlap, tile_batch, ensemble, precision, compiled),
+        device,
+        skip_existing,
+    )
+    problems = upscale.carry_out(task, Console(width=None if sys.stdout.isatty() else 120))
     for problem in problems:
-        typer.echo(f"hatchery: {problem}", err=True)
+        typer.echo(f"hatchery: {printable(problem)}", err=True)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -159,11 +250,16 @@ def export(
     ] = None,
     debug: Tracebacks = False,
 ) -> None:
-    """Write a network as ONNX or as a torch.export program, for images of any height and width."""
-    from pipeline import upscale
+    """Write a network as ONNX or as a torch.export program, for images of any height and width, any number at once.
+
+    Says what it does and how long it took.
+    """
+    from pipeline.export import export as export_network
+    from pipeline.upscale import Source
 
     file, model = (None, weights) if weights.startswith("models:/") else (weights, None)
-    typer.echo(upscale.export(upscale.Source(file, model, None, tracking_uri, interval_size), target))
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    typer.echo(export_network(Source(file, model, None, tracking_uri, interval_size), target, console))
 
 
 shards = typer.Typer(help="Make a set of shards, look at one, check one.", no_args_is_help=True)
@@ -178,7 +274,7 @@ def shards_ls(uri: ShardSet, debug: Tracebacks = False) -> None:
     from data_prep.verify import describe
 
     for row in describe(uri):
-        typer.echo("\t".join(str(value) for value in row))
+        typer.echo("\t".join(printable(str(value)) for value in row))
 
 
 @shards.command("verify")
@@ -188,8 +284,8 @@ def shards_verify(uri: ShardSet, debug: Tracebacks = False) -> None:
 
     report = verify(uri)
     for problem in report.problems:
-        typer.echo(problem, err=True)
-    typer.echo(f"{report.uri}: {report.num_shards} shards, {'sound' if report.is_sound else 'damaged'}")
+        typer.echo(printable(problem), err=True)
+    typer.echo(f"{printable(report.uri)}: {report.num_shards} shards, {'sound' if report.is_sound else 'damaged'}")
     raise typer.Exit(0 if report.is_sound else 1)
 
 
@@ -205,17 +301,40 @@ def main(arguments: list[str] | None = None) -> None:
     except Stopped as stop:
         sys.stderr.write(f"hatchery: {stop}; the same command continues\n")
         sys.exit(stop.exit_code)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, MemoryError) as error:
+    except Exception as error:  # noqa: BLE001 - a traceback is written all the same, without secrets
+        if not _is_users(error):
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+            sys.exit(1)
         if "--debug" in arguments:
-            traceback.print_exc()
-        sys.stderr.write(f"hatchery: {_one_line(error)}\n")
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+        sys.stderr.write(f"hatchery: {_one_line(error, arguments[0] if arguments else 'hatchery')}\n")
         sys.exit(2)
 
 
-def _one_line(error: Exception) -> str:
-    """The error's own words; of one that came through Ray, the words of its cause."""
+def _is_users(error: Exception) -> bool:
+    """Whether a user can cause an error: also what MLflow refuses."""
+    return isinstance(error, (*_USERS_ERRORS, *_mlflow_errors()))
+
+
+def _mlflow_errors() -> tuple[type[Exception], ...]:
+    """MLflow's errors; none where MLflow, which is slow to import, was not imported."""
+    mlflow = sys.modules.get("mlflow.exceptions")
+    return (mlflow.MlflowException,) if mlflow is not None else ()
+
+
+def _one_line(error: Exception, command: str) -> str:
+    """The error's own words without secrets; of one that came through Ray, the words of its cause;
+    the system's with path and place.
+
+    No name in them breaks the line.
+    """
     cause = getattr(error, "cause", None)
-    return str(cause if isinstance(cause, Exception) else error)
+    told = cause if isinstance(cause, Exception) else error
+    if isinstance(told, _mlflow_errors()):
+        return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
+    text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
+    lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many
+    return "\n".join(map(printable, lines))
 
 
 if __name__ == "__main__":

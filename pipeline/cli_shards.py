@@ -62,6 +62,7 @@ def make(
             include=include or [],
             exclude=exclude or [],
             progress=lambda done, total: display.update(done, total, "shards"),
+            say=lambda text: display.say(f"      {text}"),
         ).index
         display.end_stage(
             f"{made.num_samples} samples in {len(made.shards)} shards, {made.num_rejects} rejects, "

@@ -5,35 +5,63 @@ artifact's fingerprint, so moving a run to other machines never changes what it 
 """
 
 import os
-from pathlib import Path
+import re
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from data_prep import storage
 from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
+from data_prep.image_files import PassedOver
 from data_prep.pairs import OnDamage
-from model import build
+from data_prep.redact import redacted
 from model.losses import STAGE_WEIGHTS
+from model.presets import PRESETS, arguments_of, configure
+from pipeline import config_files
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set
+from pipeline.names import ModelName, Name
 from pipeline.rule import GateConfig
 from pipeline.settings import CONFIGS, ConfigError, Settings, digest_of, flatten, load_settings
+from pipeline.suggest import did_you_mean
 
 __all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten", "load_recipe", "tracking_uri"]
 
 EVALUATION_SCALES = (1, 2, 3, 4, 8)
 
 
+class S3Config(Settings):
+    """Buckets that are read in another way than by this process's credentials; the rest is AWS's own settings."""
+
+    anonymous: tuple[str, ...] = Field(
+        (),
+        description="names or globs of public buckets, read without credentials; with those in $HATCHERY_S3_ANONYMOUS",
+    )
+    requester_pays: tuple[str, ...] = Field(
+        (),
+        description="names or globs of buckets that bill who reads them, which is agreed to; with those in "
+        "$HATCHERY_S3_REQUESTER_PAYS",
+    )
+
+
 class StorageConfig(Settings):
-    """Where artifacts are kept."""
+    """Where artifacts are kept, and how S3 is reached."""
 
     uri: str = Field(
         "runs",
         description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
         "and in a Ray job its path absolute",
     )
+    s3: S3Config = S3Config()
+
+    @field_validator("uri")
+    @classmethod
+    def _without_empty_parts(cls, uri: str) -> str:
+        """Keys with empty parts are other people's: here, one is a variable that was not set."""
+        key = uri.removeprefix("s3://")
+        if uri != key and "//" in key:
+            raise ValueError(f"{uri!r} has an empty part: write {'s3://' + re.sub('/+', '/', key)!r}")
+        return uri
 
 
 class TrackingConfig(Settings):
@@ -41,9 +69,12 @@ class TrackingConfig(Settings):
 
     uri: str | None = Field(
         None,
-        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri",
+        description="MLflow tracking URI; default $MLFLOW_TRACKING_URI, else SQLite below a local storage.uri. A login "
+        "in it is used and stored nowhere; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD do as well",
     )
-    experiment: str = Field("hatchery", description="MLflow experiment that holds the runs")
+    experiment: str = Field(
+        "hatchery", min_length=1, max_length=500, description="MLflow experiment that holds the runs"
+    )
 
 
 class ComputeConfig(Settings):
@@ -139,6 +170,17 @@ class ModelConfig(Settings):
     def _without_nulls(cls, options: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in options.items() if value is not None}
 
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "ModelConfig":
+        if self.arch not in PRESETS:
+            raise ValueError(f"arch {self.arch!r} is none of {', '.join(PRESETS)}{did_you_mean(self.arch, PRESETS)}")
+        known = arguments_of(self.arch)
+        for name in self.options:
+            if name not in known:
+                meant = did_you_mean(name, known) or f": it has {', '.join(known)}"
+                raise ValueError(f"{self.arch} has no argument {name!r} (model.options.{name}){meant}")
+        return self
+
 
 class DataConfig(Settings):
     """A training set: where its images come from and how they are sharded."""
@@ -208,22 +250,31 @@ class PhaseConfig(Settings):
     """One kind of training: optimizer, schedule, batch. Several stages share a phase."""
 
     data: str = Field(description="name of the set in `data`, or of the mix in `mixes`, to train on")
-    steps: int = Field(ge=1, description="optimizer steps")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; null: minutes says how long")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="instead of steps: as many as fit, measured until the first milestone, then fixed; pipeline.budget",
+    )
     global_batch: int = Field(32, ge=1, description="samples per optimizer step over all processes")
     patch_px: int = Field(64, ge=8, description="side of the square low-resolution crop")
     lr: float = Field(2e-4, gt=0, description="Adam's learning rate")
     betas: tuple[float, float] = Field((0.9, 0.99), description="Adam's moments")
     weight_decay: float = Field(0.0, ge=0, description="L2 penalty added to the gradient, as in torch.optim.Adam")
-    milestones: tuple[int, ...] = Field((), description="steps at which the learning rate is multiplied by gamma")
-    gamma: float = Field(0.5, gt=0, le=1)
+    milestones: tuple[int | float, ...] = Field(
+        (), description="steps, or shares of them between 0 and 1, at which the learning rate is multiplied by gamma"
+    )
+    gamma: float = Field(0.5, gt=0, le=1, description="factor on the learning rate at each milestone")
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise; needed after start: bicubic")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights")
-    loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    loss: Literal["l1", "l2", "charbonnier"] = Field("l1", description="between the network's pixels and the true ones")
     perceptual: PerceptualConfig | None = Field(None, description="a loss of deep features as well; null: none")
     adversarial: AdversarialConfig | None = Field(None, description="a discriminator's loss as well; null: none")
     grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the processor or GPU has it; weights are fp32 always"
+        "auto",
+        description="auto: bf16 autocast where the processor or GPU has it; bf16: also where it is emulated, slowly, "
+        "which is said; weights are fp32 always",
     )
     low_res_rounding: Literal["float", "uint8"] = Field(
         "float", description="low-resolution crops as floats (ImageNet recipe) or rounded to uint8"
@@ -257,7 +308,47 @@ class PhaseConfig(Settings):
             left_out["adversarial"] = True
         if self.degradation == "bicubic":
             left_out["degradation"] = True  # the only one there was: trainings from before the key still count
+        if self.minutes is None:
+            left_out["minutes"] = True
         return self.model_dump(mode="json", exclude=left_out)
+
+    def milestones_of(self, steps: int | None) -> list[float]:
+        """The milestones in steps of a training of `steps`; without shares while that is not known."""
+        if steps is None:
+            return [at for at in self.milestones if isinstance(at, int)]
+        return [at if isinstance(at, int) else at * steps for at in self.milestones]
+
+    @property
+    def first_milestone_share(self) -> float:
+        """The share of a training with minutes after which its steps must be known: then its rate first falls."""
+        return float(self.milestones[0]) if self.milestones else 1.0
+
+    @property
+    def length(self) -> str:
+        """How long the training is, in words."""
+        return f"{self.steps} steps" if self.steps else f"{self.minutes:g} minutes"
+
+    @field_validator("milestones")
+    @classmethod
+    def _whole_steps(cls, milestones: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        found = tuple(int(at) if isinstance(at, float) and at.is_integer() and at else at for at in milestones)
+        wrong = [at for at in found if isinstance(at, float) and not 0 < at < 1]
+        if wrong:
+            raise ValueError(f"{wrong[0]:g} is no step and no share between 0 and 1: use one of them")
+        if len({type(at) for at in found}) > 1:
+            raise ValueError(f"{list(found)} mixes steps with shares of them: use one kind")
+        return found
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "PhaseConfig":
+        if (self.steps is None) == (self.minutes is None):
+            given = "exclude one another: set one of them to null" if self.steps else "are both missing: give one"
+            raise ValueError(f"steps and minutes {given}")
+        if self.minutes is not None and any(isinstance(at, int) for at in self.milestones):
+            raise ValueError(
+                f"milestones {list(self.milestones)} must be shares such as 0.6: minutes have no steps yet"
+            )
+        return self
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> "PhaseConfig":
@@ -269,7 +360,7 @@ class PhaseConfig(Settings):
 class TrainingConfig(Settings):
     """One node of the recipe's graph: a network of one scale, trained in one phase."""
 
-    scale: Literal[1, 2, 3, 4, 8]
+    scale: Literal[1, 2, 3, 4, 8] = Field(description="upscaling factor; 1: restoration without upscaling")
     phase: str = Field(description="name of the phase in `phases`")
     init_from: str | None = Field(None, description="an earlier training to start from; other scale: a cascade stage")
     init_weights: str | None = Field(
@@ -279,7 +370,7 @@ class TrainingConfig(Settings):
         "published",
         description="without init_from: the paper's random start, or bicubic interpolation exactly",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the network's random start and of what drop path drops")
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
@@ -317,9 +408,10 @@ class CascadeConfig(Settings):
 class EvaluateConfig(Settings):
     """Benchmarks by the published protocol."""
 
-    sets: dict[str, str] = Field(
+    sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), or images, or photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), of SelfExSR's layout, or of "
+        "images; or photographs:",
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(
@@ -330,15 +422,15 @@ class EvaluateConfig(Settings):
     pictures: int = Field(2, ge=0, description="so many of the worst images, and of the best, as pictures per set")
     protocol: Protocol = Protocol()
 
-    def images(self, name: str, scale: int) -> list[BenchmarkImage]:
-        """A set's images at a scale. ValueError as `read_set`."""
-        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()))
+    def images(self, name: str, scale: int, passed_over: PassedOver | None = None) -> list[BenchmarkImage]:
+        """A set's images at a scale; `passed_over` counts what is none. ValueError as `read_set`."""
+        return read_set(self.sets[name], scale, self.include.get(name, ()), self.degrade.get(name, ()), passed_over)
 
 
 class RegistryConfig(Settings):
     """The MLflow model registry and the gate before `champion`."""
 
-    name: str = Field(description="registered model name; the scale is appended: NAME-x2")
+    name: ModelName = Field(description="registered model name; the scale is appended: NAME-x2")
     gate: GateConfig
     anchor: str | None = Field(
         None, description="models:/NAME/VERSION that gate.not_worse is asked about as well as the champion; null: none"
@@ -352,19 +444,24 @@ class Places(Settings):
     tracking: TrackingConfig = TrackingConfig()
     compute: ComputeConfig = ComputeConfig()
 
+    @model_serializer(mode="wrap")
+    def _without_secrets(self, dump: SerializerFunctionWrapHandler) -> Any:
+        """Whatever is stored or shown of it has no login in a URI; the object itself keeps what it was given."""
+        return redacted(dump(self))
+
 
 class Recipe(Places):
     """Everything about one run of the pipeline."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200, description="of the run in MLflow")]
     seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
     model: ModelConfig
-    data: dict[str, DataConfig]
-    mixes: dict[str, tuple[MixPartConfig, ...]] = Field(
+    data: dict[Name, DataConfig]
+    mixes: dict[Name, tuple[MixPartConfig, ...]] = Field(
         default_factory=dict, description="name -> sets served together by shares, exactly and whatever the workers"
     )
-    phases: dict[str, PhaseConfig]
-    trainings: dict[str, TrainingConfig]
+    phases: dict[Name, PhaseConfig]
+    trainings: dict[Name, TrainingConfig]
     validation: ValidationConfig = ValidationConfig()
     cascade: CascadeConfig = CascadeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -423,23 +520,27 @@ def _check_references(recipe: Recipe) -> None:
         if training.phase not in recipe.phases:
             raise ValueError(
                 f"trainings.{name}.phase {training.phase!r} is not one of phases: {', '.join(recipe.phases)}"
+                f"{did_you_mean(training.phase, recipe.phases)}"
             )
         if training.init_from and training.init_from not in seen:
             raise ValueError(
                 f"trainings.{name}.init_from {training.init_from!r} is not an earlier training "
                 f"(earlier: {', '.join(seen) or 'none'}): a cascade starts each scale from one trained before it"
+                f"{did_you_mean(training.init_from, seen)}"
             )
         seen.append(name)
     for name in recipe.mixes:
         unknown = [data for data in recipe.data_of(name) if data not in recipe.data]
         if unknown:
-            raise ValueError(f"mixes.{name} asks for {unknown[0]!r}, not one of data: {', '.join(recipe.data)}")
+            known, meant = ", ".join(recipe.data), did_you_mean(unknown[0], recipe.data)
+            raise ValueError(f"mixes.{name} asks for {unknown[0]!r}, not one of data: {known}{meant}")
         if name in recipe.data:
             raise ValueError(f"{name!r} is in data and in mixes: give the mix another name")
     for name, phase in recipe.phases.items():
         if phase.data not in (*recipe.data, *recipe.mixes):
-            known = ", ".join((*recipe.data, *recipe.mixes))
-            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {known}")
+            sets = (*recipe.data, *recipe.mixes)
+            meant = did_you_mean(phase.data, sets)
+            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(sets)}{meant}")
 
 
 def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
@@ -477,11 +578,13 @@ def _check_evaluation(recipe: Recipe) -> None:
     sets = recipe.evaluate.sets
     for name in recipe.evaluate.models:
         if name not in recipe.trainings:
-            raise ValueError(f"evaluate.models {name!r} is not one of trainings: {', '.join(recipe.trainings)}")
+            known, meant = ", ".join(recipe.trainings), did_you_mean(name, recipe.trainings)
+            raise ValueError(f"evaluate.models {name!r} is not one of trainings: {known}{meant}")
     for key in ("include", "degrade"):
         for name in getattr(recipe.evaluate, key):
             if name not in sets:
-                raise ValueError(f"evaluate.{key} {name!r} is not one of evaluate.sets: {', '.join(sets) or 'none'}")
+                known, meant = ", ".join(sets) or "none", did_you_mean(name, sets)
+                raise ValueError(f"evaluate.{key} {name!r} is not one of evaluate.sets: {known}{meant}")
     for name, steps in recipe.evaluate.degrade.items():
         for scale in recipe.scales_judged(name):
             try:
@@ -492,6 +595,7 @@ def _check_evaluation(recipe: Recipe) -> None:
         if name not in sets:
             raise ValueError(
                 f"registry.gate asks about {name!r}, not one of evaluate.sets: {', '.join(sets) or 'none'}"
+                f"{did_you_mean(name, sets)}"
             )
     if recipe.registry.gate.metric == "psnr_rgb" and not recipe.evaluate.protocol.rgb:
         raise ValueError("registry.gate.metric psnr_rgb is not measured: set evaluate.protocol.rgb=true")
@@ -506,14 +610,16 @@ def _check_evaluation(recipe: Recipe) -> None:
 
 def _check_networks(recipe: Recipe) -> None:
     for training in {t.scale: t for t in recipe.trainings.values()}.values():
-        with torch.device("meta"):
-            network = build(recipe.model.arch, training.scale, **recipe.model.options)
+        try:
+            multiple = configure(recipe.model.arch, training.scale, **recipe.model.options).multiple
+        except ValueError as error:
+            raise ValueError(f"model.options: {error}") from error
         for name, phase in recipe.phases.items():
-            if phase.patch_px % network.multiple:
-                fitting = max(phase.patch_px // network.multiple, 1) * network.multiple
+            if phase.patch_px % multiple:
+                fitting = max(phase.patch_px // multiple, 1) * multiple
                 raise ValueError(
-                    f"phases.{name}.patch_px {phase.patch_px} is no multiple of the network's window "
-                    f"{network.multiple}: use {fitting}"
+                    f"phases.{name}.patch_px {phase.patch_px} is no multiple of the network's window {multiple}: "
+                    f"use {fitting}"
                 )
 
 
@@ -522,15 +628,7 @@ def load_recipe(path: str, overrides: list[str] | None = None) -> Recipe:
 
     Raises ConfigError with one line per fault, each naming the key, the value and the remedy.
     """
-    return load_settings(Recipe, _find(path), overrides or [])
-
-
-def _find(path: str) -> Path:
-    for candidate in (Path(path), CONFIGS / "recipe" / f"{path}.yaml"):
-        if candidate.is_file():
-            return candidate
-    names = ", ".join(sorted(file.stem for file in (CONFIGS / "recipe").glob("[!_]*.yaml")))
-    raise ConfigError(f"recipe {path!r} is no file; give a path or one of: {names}")
+    return load_settings(Recipe, config_files.find(path, "recipe"), overrides or [])
 
 
 def tracking_uri(places: Places) -> str:
@@ -543,4 +641,10 @@ def tracking_uri(places: Places) -> str:
             f"tracking.uri is not set and storage.uri {places.storage.uri!r} is not a local folder: "
             f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
         )
-    return f"sqlite:///{storage.normalise(places.storage.uri)}/mlflow.db"
+    folder = storage.normalise(places.storage.uri)
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", folder):
+        raise ConfigError(
+            f"storage.uri {places.storage.uri!r} has ? or %.. in its name, which MLflow takes for more than a name: "
+            f"call the folder something else, or give tracking.uri"
+        )
+    return f"sqlite:///{folder}/mlflow.db"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from data_prep import storage
+from data_prep.redact import without_secrets
 from data_prep.sources import PHOTOGRAPHS
 from pipeline.domain import DomainConfig
 
@@ -43,11 +44,29 @@ _ALPHA = """\
 """
 
 
+_SIGN_IN = """\
+# Logins in URIs are left out: hand them on by the environment (schedule.env_secret, or schedule.runtime_env for cron),
+# MLflow's as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+"""
+
+
 def render(domain: DomainConfig, kind: Kind, domain_file: str, overrides: Sequence[str] = ()) -> str:
     """What to `kubectl apply`, or the crontab line. ValueError for what a cluster would not take.
 
-    overrides: those that `domain` was loaded with; a crontab line must repeat them.
+    overrides: those that `domain` was loaded with; a crontab line must repeat them. Logins in URIs are left out of
+    everything, which is said at the top.
     """
+    shown = [without_secrets(override) for override in overrides]
+    note = _SIGN_IN if shown != list(overrides) or _holds_secrets(domain) else ""
+    return note + without_secrets(_render(domain, kind, domain_file, shown))
+
+
+def _holds_secrets(domain: DomainConfig) -> bool:
+    uris = (*_places(domain).values(), domain.tracking.uri or "", domain.schedule.ray_address)
+    return any(without_secrets(uri) != uri for uri in uris)
+
+
+def _render(domain: DomainConfig, kind: Kind, domain_file: str, overrides: Sequence[str]) -> str:
     sets = [part for override in overrides for part in ("--set", override)]
     command = shlex.join(["hatchery", "schedule", "render", domain_file, *sets, "--kind", kind])
     header = f"# Made by: {' '.join(command.splitlines())}\n"

@@ -9,8 +9,10 @@ from pydantic import AfterValidator, Field, model_validator
 from data_prep.degrade import Kind
 from pipeline.config import EvaluateConfig, PhaseConfig, Places, check_batch
 from pipeline.cron import check_cron
+from pipeline.names import check_model_name
 from pipeline.rule import GateConfig
 from pipeline.settings import Settings, load_settings
+from pipeline.suggest import did_you_mean
 
 PHASE, MIX = "retrain", "mixed"
 
@@ -100,7 +102,7 @@ class DomainConfig(Places):
     def _models_are_named(self) -> "DomainConfig":
         if not re.fullmatch(r"models:/[^/@]+(@[^/@]+|/\d+)", self.base):
             raise ValueError(f"base {self.base!r} names no version: write models:/NAME@champion or models:/NAME/N")
-        if self.registered_as and not re.search(r".-x\d$", self.registered_as):
+        if self.registered_as and not re.search(r".-x\d$", check_model_name(self.registered_as)):
             raise ValueError(f"registered_as {self.registered_as!r} does not tell its scale: end it in -x2, -x3 or -x4")
         return self
 
@@ -116,10 +118,11 @@ class DomainConfig(Places):
         known = [self.name, *self.evaluate.sets]
         for name in self.gate.sets:
             if name not in known:
-                raise ValueError(f"gate asks about {name!r}, known are: {', '.join(known)}")
+                meant = did_you_mean(name, known)
+                raise ValueError(f"gate asks about {name!r}, known are: {', '.join(known)}{meant}")
         return self
 
 
 def load_domain(path: str, overrides: list[str] | None = None) -> DomainConfig:
     """The domain of a YAML file with `a.b=c` overrides. ConfigError with one line per fault."""
-    return load_settings(DomainConfig, Path(path), overrides or [])
+    return load_settings(DomainConfig, Path(path), overrides or [], "domain")

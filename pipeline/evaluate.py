@@ -24,7 +24,7 @@ from PIL import Image
 from data_prep import storage
 from model import load
 from model.blocks import UpscalingNetwork
-from model.inference import upscale, upscale_tensor
+from model.inference import Upscaler
 from model.metrics import RESOLVED_DB, psnr_rgb, psnr_y, ssim_y
 from model.perceptual import Distance, Dists, Lpips
 from pipeline.benchmark import (
@@ -44,11 +44,14 @@ _DISTANCES: dict[str, Callable[..., Distance]] = {"lpips": Lpips, "dists": Dists
 class ImageResult(Settings):
     """Figures of one image: PSNR in dB (at most RESOLVED_DB), SSIM in 0..1, LPIPS and DISTS from 0 for equal ones on.
 
-    `digest` names the image's content.
+    `digest` names the image's content. It was worked on in squares of side `tile`, low-resolution px (null: whole), on
+    `device` (empty in reports from before it was kept).
     """
 
     image: str
     digest: str = ""
+    tile: int | None = None
+    device: str = ""
     psnr_y: float
     ssim_y: float
     psnr_rgb: float | None = None
@@ -80,6 +83,21 @@ class SetResult(Settings):
     bicubic_lpips: float | None = None
     bicubic_dists: float | None = None
     images: tuple[ImageResult, ...]
+
+    def what(self) -> dict[str, Any]:
+        """What was found, whatever it was computed on."""
+        return self.model_dump(mode="json", exclude={"images": {"__all__": {"tile", "device"}}})
+
+    @property
+    def tiles(self) -> str:
+        """The sides of all images' tiles, px, smallest first; "whole" for images that were not cut."""
+        sides = sorted({image.tile or 0 for image in self.images})
+        return ", ".join(str(side) if side else "whole" for side in sides)
+
+    @property
+    def devices(self) -> str:
+        """What all images were computed on."""
+        return ", ".join(sorted({image.device for image in self.images}))
 
 
 @dataclass(frozen=True)
@@ -113,25 +131,38 @@ def load_distance(name: str, config: LpipsConfig | DistsConfig) -> Distance:
             raise ValueError(f"{name.upper()} of {config.backbone} and {config.calibration}: {error}") from error
 
 
-def restored(network: UpscalingNetwork, low_res: np.ndarray, **options: Any) -> np.ndarray:
-    """(H, W, 3) uint8, or float32 in 0..255 -> what the network makes of it, uint8. Options as `upscale` has them."""
+def restored(upscaler: Upscaler, low_res: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8, or float32 in 0..255 -> what the network makes of it, uint8."""
     if low_res.dtype == np.uint8:
-        return upscale(network, low_res, **options)
+        return upscaler(low_res)
     x_bchw = torch.from_numpy(low_res).permute(2, 0, 1)[None] / 255
-    levels_hwc = (upscale_tensor(network, x_bchw, **options)[0] * 255).permute(1, 2, 0)
+    levels_hwc = (upscaler.of_tensor(x_bchw)[0] * 255).permute(1, 2, 0)
     return levels_hwc.round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def judge(
     image: BenchmarkImage, scale: int, network: UpscalingNetwork, protocol: Protocol
 ) -> tuple[ImageResult, np.ndarray]:
-    """The figures of one image, and the upscaled image that they were computed from."""
+    """The figures of one image, and the upscaled image that they were computed from.
+
+    ValueError where it does not fit the memory as the protocol has it: smaller tiles would be another answer.
+    """
     pair = read_pair(image, scale)
-    output = restored(network, pair.low_res, tile=protocol.tile, ensemble=protocol.ensemble)
+    upscaler = Upscaler(network, tile=protocol.tile, ensemble=protocol.ensemble, may_shrink=False)
+    try:
+        output = restored(upscaler, pair.low_res)
+    except MemoryError as error:
+        raise ValueError(f"{image.name}: {error}; tiles are evaluate.tile in a recipe, --tile of a command") from error
     bicubic = figures(upscale_bicubic(pair.low_res, scale), pair.high_res, scale, protocol)
     found: dict[str, Any] = figures(output, pair.high_res, scale, protocol)
     found |= {f"bicubic_{metric}": value for metric, value in bicubic.items()}
+    found |= {"tile": upscaler.tile_used, "device": _called(network.conv_first.weight.device)}
     return ImageResult(image=image.name, digest=pair.digest, **found), output
+
+
+def _called(device: torch.device) -> str:
+    """A device as reports have it: `cpu`, or a GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @ray.remote(num_cpus=1, num_returns=2)
@@ -208,5 +239,5 @@ def to_png(image: np.ndarray) -> bytes:
 
 
 def _fetch(reference: Any) -> np.ndarray:
-    with Image.open(io.BytesIO(ray.get(reference))) as image:
+    with Image.open(io.BytesIO(ray.get(reference)), formats=["PNG"]) as image:
         return np.asarray(image)

@@ -60,7 +60,7 @@ def decide(
     """
     conditions = []
     for name, margin in rule.better.items():
-        conditions.append(_condition(_compared(mine, theirs, name, rule), margin, rule, f"more than {margin:+g}"))
+        conditions.append(_condition(_compared(mine, theirs, name, rule), margin, rule, _wanted(margin), strictly=True))
     for name, tolerance in rule.not_worse.items():
         conditions.append(
             _condition(_compared(mine, theirs, name, rule), -tolerance, rule, f"at least {-tolerance:+g}")
@@ -75,8 +75,20 @@ def decide(
     failed = [condition.text for condition in conditions if not condition.holds]
     promoted = not failed
     shown = failed or [condition.text for condition in conditions]
-    reason = f"{'better than' if promoted else 'not promoted over'} {rival}: {'; '.join(shown)}"
+    reason = f"{_title(rule, conditions) if promoted else 'not promoted over'} {rival}: {'; '.join(shown)}"
     return Verdict(promoted=promoted, reason=reason, rival=rival, conditions=tuple(conditions), costs=costs)
+
+
+def _wanted(margin: float) -> str:
+    """What a set of `better` must show: a margin below 0 lets it lose."""
+    return f"{'no worse than allowed, ' if margin < 0 else ''}more than {margin:+g}"
+
+
+def _title(rule: GateConfig, conditions: list[Condition]) -> str:
+    """What a candidate that passed is beside its rival: better only where no set that decides lost anything."""
+    decisive = [condition.figures for condition in conditions[: len(rule.better)] if condition.figures is not None]
+    lost = any((found.low if rule.decide_by == "interval" else found.difference) < 0 for found in decisive)
+    return "no worse than allowed against" if lost else "better than"
 
 
 def _compared(mine: list[SetResult], theirs: list[SetResult] | None, name: str, rule: GateConfig) -> Comparison:
@@ -93,11 +105,11 @@ def _of_set(results: list[SetResult], name: str) -> SetResult:
     raise ValueError(f"the gate asks about {name!r}, judged were {judged}: judge it, or correct the rule")
 
 
-def _condition(found: Comparison, bound: float, rule: GateConfig, wanted: str) -> Condition:
+def _condition(found: Comparison, bound: float, rule: GateConfig, wanted: str, *, strictly: bool = False) -> Condition:
     by_interval = rule.decide_by == "interval"
     decisive = found.low if by_interval else found.difference
     # a margin must be passed, a tolerance may be reached
-    holds = decisive > bound if wanted.startswith("more") else decisive >= bound
+    holds = decisive > bound if strictly else decisive >= bound
     interval = f" ({found.low:+.4f} .. {found.high:+.4f})" if by_interval else ""
     text = (
         f"{found.metric} on {found.set} {found.mine:.4f} against {found.theirs:.4f}, "

@@ -1,12 +1,13 @@
 """Images that judge never train: what any domain holds out, and the benchmarks, are found by content and left out."""
 
 import glob
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from urllib.parse import unquote
 
 from data_prep import sources, storage
 from data_prep.duplicates import hash_all, same_content
+from data_prep.layouts import training_items
 from data_prep.sources import Item
 from pipeline.config import EvaluateConfig
 from pipeline.ledger import HOLD_OUT, NewImage, Round
@@ -38,6 +39,9 @@ def judging_among(images: Iterable[NewImage], judging: Sequence[Item]) -> set[st
 def patterns_of_judging(
     source: str, include: Sequence[str], exclude: Sequence[str], judging: Sequence[Item]
 ) -> tuple[str, ...]:
-    """Globs that exclude a source's images that judge; none where it holds none: its shards stay what they are."""
-    found = same_content(sources.iter_items(source, include, exclude), judging)
-    return tuple(sorted(f"/{glob.escape(unquote(item.key))}" for item in found))
+    """Globs that exclude a source's images that judge; none where it holds none: its shards stay what they are.
+
+    A byte of a name that is no UTF-8, which no config may hold, is left open: at worst a namesake is left out as well.
+    """
+    found = same_content(training_items(source, include, exclude), judging)
+    return tuple(sorted(re.sub("[\udc80-\udcff]", "?", f"/{glob.escape(item.path)}") for item in found))

@@ -13,12 +13,15 @@ from rich.console import Console
 
 from data_prep.degrade import check
 from data_prep.degrade_steps import Step
+from data_prep.image_files import PassedOver
+from data_prep.uri import printable
 from model import load
 from model.weights import read_weights, recognise
 from pipeline import cluster, compare, pictures, registry, report, stages, tracking
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set, set_name
 from pipeline.cascade import fetch_published
 from pipeline.config import EVALUATION_SCALES, ComputeConfig
+from pipeline.config_files import place_of
 from pipeline.evaluate import SetResult, Weights, evaluate, load_distance
 from pipeline.published import preset_of
 from pipeline.settings import Settings, explain
@@ -93,9 +96,13 @@ def run(request: Request, console: Console, address: str | None = None, debug: b
     for name, config in request.protocol.distances.items():
         load_distance(name, config)  # what is wrong with it is said before work begins
     steps = _steps(request.degrade, given[0].scale) if request.degrade else ()
-    sets = {set_name(uri): read_set(uri, given[0].scale, (), steps) for uri in request.sets}
+    passed_over = {uri: PassedOver() for uri in request.sets}
+    sets = {set_name(uri): read_set(uri, given[0].scale, (), steps, left) for uri, left in passed_over.items()}
     if len(sets) < len(request.sets):
         raise ValueError(f"two of the sets {', '.join(request.sets)} have the same name: rename a folder")
+    for uri, left in passed_over.items():
+        if said := left.describe():
+            console.print(printable(f"{uri}: {said}"), soft_wrap=True, markup=False, highlight=False)
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
     results: list[SetResult] = []
@@ -128,6 +135,8 @@ def _steps(text: str, scale: int) -> tuple[Step, ...]:
         check(steps, scale)
     except ValidationError as error:
         raise ValueError(explain(_Degrade, "--degrade", error)) from error
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"--degrade {text!r}: {place_of(error, text)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"--degrade {text!r}: {' '.join(str(error).split())}") from error
     return steps

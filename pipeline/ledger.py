@@ -16,7 +16,9 @@ import re
 import time
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import PlainValidator
 
 from data_prep import storage
 from data_prep.image import check
@@ -33,7 +35,7 @@ class NewImage(Settings):
 
     sha256: str
     item_key: str
-    uri: str
+    uri: Annotated[str, PlainValidator(str)]  # any bytes, as on a disk, which pydantic's own text may not have
     offset: int | None
     size: int
     ext: str
@@ -66,7 +68,7 @@ class Ledger:
         found = []
         for info in storage.list_files(storage.join(self.uri, "rounds")):
             if re.fullmatch(r"\d+/round\.json", info.path):
-                found.append(Round.model_validate_json(storage.read_bytes(info.uri)))
+                found.append(Round.model_validate(json.loads(storage.read_bytes(info.uri))))
         return sorted(found, key=lambda entry: entry.number)
 
     def outcome(self, number: int) -> dict[str, Any] | None:
@@ -98,7 +100,8 @@ class Ledger:
         self._sweep(round_)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(copy, round_.images))
-        storage.write_bytes(self._place(round_.number, "round.json"), round_.model_dump_json(indent=1).encode())
+        written = json.dumps(round_.model_dump(), indent=1)  # escapes bytes of names that are no UTF-8
+        storage.write_bytes(self._place(round_.number, "round.json"), written.encode())
 
     def _sweep(self, round_: Round) -> None:
         """Delete copies that a killed call made for a round that was never opened: roles may be others now."""

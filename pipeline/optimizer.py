@@ -21,8 +21,8 @@ class GuardedAdam(torch.optim.Adam):
     partitioned: each rank holds a part of the gradient (ZeRO 1 to 3) rather than all of it (ZeRO 0).
     device: where the ranks communicate; offloaded gradients lie elsewhere.
     `add_loss` is to be told the loss of every pass of a step. After `step`: `applied` says whether the weights
-    changed, `grad_norm` the norm before clipping, `stop_wanted` and `save_wanted` whether any rank had wished so at
-    `begin_step`. Losses and wishes travel with the norm, so that all ranks agree at no cost.
+    changed, `grad_norm` the norm before clipping, `stop_wanted`, `save_wanted` and `settle_wanted` whether any rank had
+    wished so at `begin_step`. Losses and wishes travel with the norm, so that all ranks agree at no cost.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class GuardedAdam(torch.optim.Adam):
         self.max_norm = max_norm
         self.partitioned = partitioned
         self.applied = False
-        self.wishes = (False, False)
-        self.stop_wanted = self.save_wanted = False
+        self.wishes = (False, False, False)
+        self.stop_wanted = self.save_wanted = self.settle_wanted = False
         self.grad_norm = float("nan")
         self.loss = torch.zeros((), device=device)
 
-    def begin_step(self, *, want_stop: bool = False, want_save: bool = False) -> None:
+    def begin_step(self, *, want_stop: bool = False, want_save: bool = False, want_settle: bool = False) -> None:
         """Forget the last step: DeepSpeed does not call `step` at all where it finds an overflow itself."""
-        self.applied = self.stop_wanted = self.save_wanted = False
-        self.wishes, self.grad_norm = (want_stop, want_save), math.nan
+        self.applied = self.stop_wanted = self.save_wanted = self.settle_wanted = False
+        self.wishes, self.grad_norm = (want_stop, want_save, want_settle), math.nan
         self.loss = torch.zeros((), device=self.device)
 
     def add_loss(self, loss: Tensor) -> None:
@@ -76,6 +76,6 @@ class GuardedAdam(torch.optim.Adam):
         wishes = torch.tensor(self.wishes, dtype=torch.float32, device=self.device)
         shared = torch.cat([torch.stack([squared, self.loss.float()]), wishes])
         dist.all_reduce(shared)
-        total, loss, stops, saves = shared.tolist()
-        self.stop_wanted, self.save_wanted = stops > 0, saves > 0
+        total, loss, *wished = shared.tolist()
+        self.stop_wanted, self.save_wanted, self.settle_wanted = (votes > 0 for votes in wished)
         return math.sqrt(total), loss  # NaN stays NaN, infinity stays infinity

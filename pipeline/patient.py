@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from data_prep import s3, storage
+from data_prep.redact import without_secrets
 
 PATIENCE_S = 300  # how long a call that cannot wait in a buffer waits for the server
 _PASSING = (
@@ -84,6 +85,6 @@ def may_pass(error: Exception) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """What went wrong, in one line without secrets."""
     text = s3.reason(error) if isinstance(error, _S3_ERRORS) else str(error)
-    return " ".join(text.split())[:300]
+    return without_secrets(" ".join(text.split()))[:300]

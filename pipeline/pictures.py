@@ -1,5 +1,7 @@
 """Pictures of an evaluation: the worst and the best images, each with an error map and a zoomed crop."""
 
+import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from pipeline.evaluate import ImageResult, Judged
 _LABEL_PX, _GAP_PX = 14, 4
 _MOST_PX = 384  # of the large panels
 _ZOOM, _ZOOM_PX = 4, 96  # the crop: this many pixels a side, shown this many times larger
+_MOST_NAME_BYTES = 200  # file systems take 255
 _ERROR_GAIN = 4  # error maps show differences of 64 levels as full
 
 
@@ -25,10 +28,19 @@ def write_pictures(judged: Judged, images: list[BenchmarkImage], count: int, fol
             f"{result.model} {found.psnr_y:.2f} dB": judged.upscaled[found.image](),
             f"{found.image} (truth)": pair.high_res,
         }
-        name = f"{result.set}-x{result.scale}-{result.model}-{rank}-{found.image}.png".replace("/", "_")
+        name = file_name(f"{result.set}-x{result.scale}-{result.model}-{rank}-{found.image}", ".png")
         sheet(panels).save(folder / name)
         files[f"pictures/{name}"] = folder / name
     return files
+
+
+def file_name(name: str, suffix: str) -> str:
+    """A name that every file system and artifact store takes; one that is too long ends in its hash."""
+    plain = re.sub(r"[/\\]", "_", name)
+    if len(plain.encode()) > _MOST_NAME_BYTES:
+        kept = plain.encode()[:_MOST_NAME_BYTES].decode(errors="ignore")
+        plain = f"{kept}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain + suffix
 
 
 def chosen(images: tuple[ImageResult, ...], count: int) -> list[tuple[str, ImageResult]]:

@@ -4,14 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
+from model import build
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe, digest_of
+from pipeline.suggest import did_you_mean
 
 Kind = Literal["shard", "mix", "train", "cascade", "evaluate", "register", "promote"]
 
 # Raise a kind's number when its code changes what it produces from the same config and inputs.
-VERSIONS: dict[Kind, int] = {"shard": 3, "mix": 1, "train": 2, "cascade": 2, "evaluate": 3, "register": 2, "promote": 3}
+VERSIONS: dict[Kind, int] = {"shard": 3, "mix": 1, "train": 2, "cascade": 2, "evaluate": 4, "register": 3, "promote": 3}
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Stage:
     inputs: tuple[str, ...]
     config: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    """Of a training whose phase says so; one with minutes finds out."""
+    length: str = ""
+    """Of a training, in words."""
 
     def fingerprint(self, digests: dict[str, str]) -> str:
         """sha256 over kind, code version, config and the digests of the inputs."""
@@ -39,6 +46,14 @@ class Planned:
     artifact: Artifact | None
 
 
+@dataclass
+class Amount:
+    """How much a source holds."""
+
+    images: int = 0
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Outside:
     """Fingerprints of what a recipe reads from outside its storage, by name in the recipe."""
@@ -48,6 +63,8 @@ class Outside:
     weights: dict[str, str]
     backbones: dict[str, str] = field(default_factory=dict)
     """Of perceptual losses, by phase."""
+    amounts: dict[str, Amount] = field(default_factory=dict)
+    """Of data and benchmark sets; no fingerprint asks for them."""
 
 
 def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
@@ -98,12 +115,13 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
     stages = []
     start = training.init_from
     if training.init_weights or (start and recipe.trainings[start].scale != training.scale):
-        begin = {
+        begin: dict[str, Any] = {
             "model": recipe.model.model_dump(mode="json"),
             "scale": training.scale,
             "seed": training.seed,
         }
         begin |= recipe.cascade.model_dump(mode="json") | {"weights": outside.weights.get(name)}
+        begin |= _head_of(recipe, training.scale)
         cascade = f"cascade-{start or 'published'}-to-{name}"
         stages.append(Stage(cascade, "cascade", "cascade", (start,) if start else (), begin))
         start = cascade
@@ -114,6 +132,7 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
         "phase": phase.what(),
         "training": training.model_dump(mode="json", exclude={"init_from", "init_weights", "phase"}),
         "seed": recipe.seed,
+        **_head_of(recipe, training.scale),
     }
     if training.phase in outside.backbones:
         config["backbone"] = outside.backbones[training.phase]
@@ -123,8 +142,17 @@ def _training_stages(recipe: Recipe, name: str, outside: Outside) -> list[Stage]
         config["best"] = chooser | {"set": gate.validation_set, "metric": gate.validation_metric}
         if steps := recipe.evaluate.degrade.get(gate.validation_set):
             config["best"]["degrade"] = [step.model_dump(mode="json") for step in steps]
-    stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps))
+    stages.append(Stage(name, "train", training.phase, inputs, config, phase.steps or 0, phase.length))
     return stages
+
+
+def _head_of(recipe: Recipe, scale: int) -> dict[str, str]:
+    """How a network of scale 1 ends, unless as all did when fingerprints had no word for it: those still count."""
+    if scale > 1:
+        return {}
+    with torch.device("meta"):
+        network = build(recipe.model.arch, scale, **recipe.model.options)
+    return {} if network.is_residual else {"restoration_head": "reconstruction"}
 
 
 def select(stages: list[Stage], names: list[str] | None, first: str | None, last: str | None) -> set[str]:
@@ -147,10 +175,9 @@ def select(stages: list[Stage], names: list[str] | None, first: str | None, last
 def _named(stages: list[Stage], name: str) -> list[Stage]:
     found = [stage for stage in stages if name in (stage.name, stage.group)]
     if not found:
-        groups = ", ".join(dict.fromkeys(stage.group for stage in stages))
-        raise ValueError(
-            f"stage {name!r} is unknown; groups: {groups}; stages: {', '.join(stage.name for stage in stages)}"
-        )
+        groups, names = list(dict.fromkeys(stage.group for stage in stages)), [stage.name for stage in stages]
+        meant = did_you_mean(name, [*groups, *names])
+        raise ValueError(f"stage {name!r} is unknown{meant}; groups: {', '.join(groups)}; stages: {', '.join(names)}")
     return found
 
 

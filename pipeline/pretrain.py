@@ -8,93 +8,45 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__" and sys.path[0] != str(ROOT):
-    # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
-    sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    if sys.path[0] != str(ROOT):
+        # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
+        sys.path[0] = str(ROOT)
+    from pipeline.cli import main
+
+    main(["pretrain", *sys.argv[1:]])  # ends the process, and imports what follows only for a run
 
 import functools  # noqa: E402
 import tempfile  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
 
+from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from data_prep import sources, storage  # noqa: E402
-from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E402
+from data_prep import storage  # noqa: E402
+from pipeline import cluster, places, plan, report, stages, survey  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
+from pipeline.errors import describe_os_error  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
-from pipeline.objective import check_backbones  # noqa: E402
-from pipeline.plan import Outside, Planned, Stage  # noqa: E402
+from pipeline.plan import Stage  # noqa: E402
 from pipeline.progress import Display  # noqa: E402
+from pipeline.survey import Choice  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
 
 SHARD_PATIENCE_S = 12 * 3600.0  # how long another run that makes the same shards is waited for
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which stages to run: names or groups."""
-
-    stages: list[str] | None = None
-    first: str | None = None
-    last: str | None = None
-
-
-def survey(recipe: Recipe) -> Outside:
-    """Fingerprints of what the recipe reads from outside; ValueError for what is not there."""
-    used = {name: data for name, data in recipe.data.items() if name in recipe.used_data}
-    for name in recipe.evaluate.sets:
-        for scale in recipe.scales_judged(name):
-            recipe.evaluate.images(name, scale)
-    return Outside(
-        {
-            name: sources.fingerprint(sources.iter_items(data.source, list(data.include), list(data.exclude)))
-            for name, data in used.items()
-        },
-        {
-            name: sources.fingerprint(sources.iter_items(uri, list(recipe.evaluate.include.get(name, ()))))
-            for name, uri in recipe.evaluate.sets.items()
-        },
-        cascade.check_published(recipe),
-        check_backbones(recipe),
-    )
-
-
 def prepare(recipe: Recipe, choice: Choice) -> tuple[list[Stage], set[str], Tracker]:
     """Everything that can be wrong before work begins is found here: sources, storage, MLflow, choice."""
-    places.check_lasting(recipe)
-    storage.check_writable(recipe.storage.uri)
-    found = plan.stages_of(recipe, survey(recipe))
-    chosen = plan.select(found, choice.stages, choice.first, choice.last)
+    found, chosen, _ = survey.prepare(recipe, choice)
     return found, chosen, Tracker(recipe)
-
-
-def dry_run(recipe: Recipe, choice: Choice, console: Console) -> None:
-    """Print which stages are done and which would run, with their steps."""
-    recipe = cascade.pinned(recipe)
-    found, chosen, tracker = prepare(recipe, choice)
-    planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
-    width = max(len(entry.stage.name) for entry in planned)
-    for entry in planned:
-        console.print(_plan_line(entry, width), soft_wrap=True, markup=False, highlight=False)
-    steps = sum(entry.stage.steps for entry in planned if entry.action == "run")
-    running = sum(entry.action == "run" for entry in planned)
-    console.print(f"{running} of {len(planned)} stages to run, {steps} training steps", markup=False, highlight=False)
-
-
-def _plan_line(entry: Planned, width: int) -> str:
-    what = {"done": "done", "run": "run ", "skip": "not selected"}[entry.action]
-    steps = f"  {entry.stage.steps} steps" if entry.stage.steps else ""
-    after = f"  after {', '.join(entry.stage.inputs)}" if entry.stage.inputs and not entry.artifact else ""
-    where = f"  {entry.artifact.uri}" if entry.artifact else ""
-    return f"{entry.stage.name:{width}}  {what}{steps}{where}{after}"
 
 
 def run(
     recipe: Recipe, choice: Choice, console: Console, address: str | None = None, debug: bool = False
 ) -> dict[str, Artifact]:
     """Run the chosen stages of a recipe, on a Ray cluster only if there is something to do; all that are finished."""
-    recipe = cascade.pinned(recipe)
+    recipe = survey.pinned(recipe)
     found, chosen, tracker = prepare(recipe, choice)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     try:
@@ -108,14 +60,16 @@ def run(
         else:
             artifacts = {entry.stage.name: entry.artifact for entry in planned if entry.artifact}
             console.print(f"{len(artifacts)} of {len(found)} stages are done, nothing to run", highlight=False)
+        if tracker.parent_id is not None:
+            tracker.finish(tracker.parent_id)
+        elif len(artifacts) == len(found):
+            tracker.finish_left()
     except BaseException as error:
         if tracker.parent_id is not None:
             tracker.abandon(tracker.parent_id, error)
+        if isinstance(error, MlflowException):
+            raise tracker.refusal(tracker.parent_id, error) from error
         raise
-    if tracker.parent_id is not None:
-        tracker.finish(tracker.parent_id)
-    elif len(artifacts) == len(found):
-        tracker.finish_left()
     _conclude(recipe, artifacts, tracker, console)
     return artifacts
 
@@ -143,7 +97,7 @@ def _run_stages(
         if artifact is not None:
             display.say(f"[{number}/{len(found)}] {stage.name}: done before")
         elif stage.name in chosen:
-            what = f"{stage.steps} steps" if stage.steps else stage.kind
+            what = stage.length or stage.kind
             display.begin_stage(number, len(found), stage.name, what)
             lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
             # recipes share sets of shards: one makes them, the others wait and take them; of other stages one refuses
@@ -174,6 +128,10 @@ def _run_stage(
             return stages.RUN[stage.kind](work)
     except BaseException as error:
         tracker.abandon(run_id, error)
+        if isinstance(error, MlflowException):
+            raise tracker.refusal(run_id, error) from error
+        if isinstance(error, OSError):
+            raise ValueError(describe_os_error(error, f"stage {stage.name}")) from error
         raise
 
 
@@ -199,9 +157,3 @@ def _conclude(recipe: Recipe, artifacts: dict[str, Artifact], tracker: Tracker, 
     lines.append(f"MLflow: {tracker.how_to_look}")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    from pipeline.cli import main
-
-    main(["pretrain", *sys.argv[1:]])

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from data_prep.uri import printable
+
 PLAIN_INTERVAL_S = 10.0
 
 
@@ -22,24 +24,24 @@ class Display:
         self.first_done: int | None = None
 
     def say(self, text: str) -> None:
-        """A line of its own, not wrapped, without markup."""
-        self.console.print(Text(text), soft_wrap=True)
+        """A line of its own, not wrapped, without markup; names in it are escaped where they cannot be shown."""
+        self.console.print(Text("\n".join(map(printable, text.split("\n")))), soft_wrap=True)
 
     def begin_stage(self, number: int, count: int, name: str, what: str) -> None:
         """Announce a stage that runs."""
-        self.stage, self.begin, self.first_done = name, time.monotonic(), None
+        self.stage, self.begin, self.first_done = printable(name), time.monotonic(), None
         self.last_line = 0.0
-        self.say(f"[{number}/{count}] {name}: {what}")
+        self.say(f"[{number}/{count}] {self.stage}: {printable(what)}")
         if self.console.is_terminal:
             columns = (
-                TextColumn("  {task.description}"),
+                TextColumn("  {task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeElapsedColumn(),
             )
             self.live = Progress(*columns, console=self.console, transient=True)
-            self.task = self.live.add_task(name, total=None, note="")
+            self.task = self.live.add_task(self.stage, total=None, note="")
             self.live.start()
 
     def update(self, done: int, total: int, unit: str, note: str = "") -> None:

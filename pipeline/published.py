@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import Field, TypeAdapter
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from model import build
 from model.presets import PRESETS
 from model.weights import recognise
-from pipeline.settings import CONFIGS, Settings
+from pipeline import config_files
+from pipeline.settings import CONFIGS, ConfigError, Settings, explain
 
 
 class Published(Settings):
@@ -35,11 +36,21 @@ class Published(Settings):
         return {key.lower(): value for key, value in self.psnr_y.items()}.get(name.lower())
 
 
+class _Table(Settings):
+    rows: tuple[Published, ...]
+
+
 @functools.cache
 def rows() -> tuple[Published, ...]:
-    """Every row of the data file."""
-    content = yaml.safe_load((CONFIGS / "published.yaml").read_text())
-    return tuple(TypeAdapter(list[Published]).validate_python(content))
+    """Every row of the data file. ConfigError, with the place, for one that cannot be read."""
+    file = CONFIGS / "published.yaml"
+    text = config_files.read_text(file)
+    try:
+        return _Table.model_validate({"rows": yaml.safe_load(text)}).rows
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{file}: {config_files.place_of(error, text)}") from error
+    except ValidationError as error:
+        raise ConfigError(explain(_Table, file, error)) from error
 
 
 def beside(arch: str | None, scale: int, name: str) -> list[Published]:
@@ -53,6 +64,7 @@ def beside(arch: str | None, scale: int, name: str) -> list[Published]:
 def preset_of(state: Mapping[str, Tensor]) -> str | None:
     """The published network whose sizes a state dict has (hat_s, hat, hat_l, hmanet), or None."""
     found = recognise(state)
+    found.pop("restoration_head", None)
     for arch in PRESETS:
         with torch.device("meta"):
             config: dict[str, Any] = build(arch, found["scale"]).config

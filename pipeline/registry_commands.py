@@ -71,7 +71,7 @@ def history(name: str, tracking_uri: str | None) -> Table:
         now = ", ".join(sorted(aliases.get(event.version, [])))
         table.add_row(event.time[:19], event.version, event.before or "", how, now, event.reason)
     ever = {event.version for event in events}
-    for version in sorted(client.search_model_versions(f"name = '{name}'"), key=lambda found: int(found.version)):
+    for version in sorted(registry.versions_of(client, name), key=lambda found: int(found.version)):
         if str(version.version) not in ever:
             why = version.tags.get(promotion.DECISION_TAG, "not judged yet: hatchery promote")
             now = ", ".join(sorted(aliases.get(str(version.version), [])))

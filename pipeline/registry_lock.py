@@ -7,6 +7,7 @@ several again just one.
 """
 
 import contextlib
+import functools
 import json
 import re
 import time
@@ -17,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.lock import died_here, this_process
+from pipeline.mlflow_search import all_pages, quoted
 
 STALE_S = 60.0
 _HOLDER = "hatchery.holder"
@@ -59,7 +61,8 @@ def _locks(client: MlflowClient, name: str) -> dict[int, dict[str, Any]]:
     """Generation -> who holds it, and `since` when in seconds since 1970, of every lock that is there."""
     prefix = f"{name}.lock-"
     found = {}
-    for model in client.search_registered_models(filter_string=f"name LIKE '{prefix}%'"):
+    search = functools.partial(client.search_registered_models, f"name LIKE {quoted(prefix + '%')}")
+    for model in all_pages(search):
         if is_lock(model.name) and model.name.startswith(prefix):
             unknown = {"owner": "?", "machine": "?", "since": 0}
             found[int(model.name.removeprefix(prefix))] = unknown | json.loads(model.tags.get(_HOLDER, "{}"))

@@ -138,7 +138,7 @@ def images_csv(results: list[SetResult]) -> str:
     for result in results:
         whose = {"set": result.set, "scale": result.scale, "model": result.model}
         lines += [(image, whose) for image in result.images]
-    return _csv(("set", "scale", "model", "image", "digest", *_FIGURES), lines)
+    return _csv(("set", "scale", "model", "image", "digest", "tile", "device", *_FIGURES), lines)
 
 
 def _csv(columns: tuple[str, ...], lines: Sequence[tuple[Settings, dict[str, object]]]) -> str:

@@ -29,8 +29,11 @@ from rich.console import Console  # noqa: E402
 
 from data_prep import sources, storage  # noqa: E402
 from data_prep.degrade import check  # noqa: E402
+from data_prep.image_files import PassedOver  # noqa: E402
+from data_prep.layouts import training_items  # noqa: E402
+from data_prep.uri import printable  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
-from pipeline import places, pretrain, registry, tracking  # noqa: E402
+from pipeline import pretrain, registry, tracking  # noqa: E402
 from pipeline.config import (  # noqa: E402
     ConfigError,
     DataConfig,
@@ -43,9 +46,11 @@ from pipeline.config import (  # noqa: E402
 )
 from pipeline.domain import MIX, PHASE, DomainConfig  # noqa: E402
 from pipeline.held_out import judging_among, judging_images, patterns_of_judging  # noqa: E402
+from pipeline.lasting import check_lasting  # noqa: E402
 from pipeline.ledger import Ledger, NewImage, Round, with_roles  # noqa: E402
 from pipeline.lock import LockedError, StorageLock  # noqa: E402
 from pipeline.settings import explain  # noqa: E402
+from pipeline.survey import Choice  # noqa: E402
 
 DAY_S = 86_400
 
@@ -58,7 +63,7 @@ def run(
     now: retrain on whatever is new, however little.
     """
     say = _speaker(console)
-    places.check_lasting(domain)
+    check_lasting(domain)
     storage.check_writable(domain.storage.uri)
     ledger = Ledger(domain.storage.uri, domain.name)
     with ExitStack() as stack:
@@ -77,7 +82,7 @@ def run(
         recipe = round_recipe(domain, ledger, client, rounds, say)
         if not opened:
             ledger.open(rounds[-1])
-        finished = pretrain.run(recipe, pretrain.Choice(), console, address, debug)
+        finished = pretrain.run(recipe, Choice(), console, address, debug)
         (decision,) = finished["promote"].info["decisions"].values()
         outcome = {"round": rounds[-1].number, "start": rounds[-1].start, **decision}
         ledger.close(rounds[-1].number, outcome)
@@ -117,7 +122,10 @@ def _choose_images(
     domain: DomainConfig, ledger: Ledger, rounds: list[Round], now: bool, say: Callable[[str], None]
 ) -> list[NewImage] | None:
     """The images of a new round with their roles, if enough is new; None, having said so, if not."""
-    new, unusable = ledger.new_images(_arrived(domain), domain.min_side_px)
+    passed_over = PassedOver()
+    new, unusable = ledger.new_images(_arrived(domain, passed_over), domain.min_side_px)
+    if said := passed_over.describe():
+        say(f"{domain.name}: {said}")
     if unusable:
         say(f"{domain.name}: {unusable} files cannot be used (damaged, or a side below {domain.min_side_px} px)")
     waited_days = ledger.waited_s(new) / DAY_S
@@ -143,14 +151,12 @@ def _num_held(images: Sequence[NewImage]) -> int:
     return sum(image.role == "hold-out" for image in images)
 
 
-def _arrived(domain: DomainConfig) -> list[sources.Item]:
+def _arrived(domain: DomainConfig, passed_over: PassedOver) -> list[sources.Item]:
     """What lies at the domain's source now; an empty folder is no error here."""
     try:
-        return sources.list_items(domain.source, list(domain.include), list(domain.exclude))
-    except storage.StorageError:
-        raise
-    except ValueError as error:
-        if "no images" in str(error) and _is_there(domain.source):
+        return list(training_items(domain.source, list(domain.include), list(domain.exclude), passed_over))
+    except sources.NoImagesError:
+        if _is_there(domain.source):
             return []
         raise
 
@@ -283,12 +289,12 @@ def dry_run(domain: DomainConfig, console: Console, now: bool = False) -> None:
     planned = _plan(domain, ledger, client, now, say)
     if planned is not None:
         recipe = round_recipe(domain, ledger, client, planned[0], say)
-        say(f"{domain.name}: a call would train {recipe.phases[PHASE].steps} steps, judge and gate")
+        say(f"{domain.name}: a call would train {recipe.phases[PHASE].length}, judge and gate")
 
 
 def _speaker(console: Console) -> Callable[[str], None]:
     """What prints a line as it is."""
-    return lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+    return lambda text: console.print(printable(text), soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import torch
 from mlflow.entities.model_registry import ModelVersion
 
 from data_prep import storage
+from data_prep.image_files import PassedOver
 from data_prep.index import INDEX_NAME
 from data_prep.mix import MIX_NAME, Mix, MixPart
 from data_prep.shard import ShardSettings, make_shards
 from model import build
-from model.weights import load_parameters, read_weights, save_network
+from model.weights import UNTOLD, load_parameters, read_weights, save_network
 from pipeline import artifact as artifacts
 from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry, report
 from pipeline.artifact import Artifact
@@ -35,7 +36,7 @@ from pipeline.validate import ImagePair, read_best
 
 SAFETENSORS, PTH = "weights.safetensors", "weights.pth"
 RESULTS = "results.json"
-_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s", "validation_psnr_y": "validation {:.2f} dB"}
+_NOTED = {"loss": "loss {:.5f}", "images_per_s": "{:.1f} images/s"}
 
 
 @dataclass
@@ -88,6 +89,7 @@ def run_shard(work: Work) -> Artifact:
         include=list(data.include),
         exclude=list(data.exclude),
         progress=lambda done, total: work.display.update(done, total, "shards"),
+        say=lambda text: work.display.say(f"      {text}"),
     )
     index = work.folder / INDEX_NAME
     storage.download(storage.join(work.place, INDEX_NAME), index)
@@ -149,9 +151,9 @@ def run_train(work: Work) -> Artifact:
         checkpoints_uri=storage.join(work.place, "checkpoints"),
     )
     last: dict[str, float] = {}
-    saved = run_training(job, _training_records(work, phase.steps, last), _validation_images(work, training.scale))
+    saved = run_training(job, _training_records(work, last), _validation_images(work, training.scale))
     lineage = {"trained_on": shards.digest, "started_from": starts[0].digest if starts else training.start}
-    info: dict[str, Any] = {"scale": training.scale, "steps": phase.steps, **last}
+    info: dict[str, Any] = {"scale": training.scale, "steps": checkpoint.steps_of(saved), **last}
     best = read_best(storage.join(job.checkpoints_uri, "best"), work.folder) if job.validation.every else None
     weights = checkpoint.ema_weights(saved)
     if best is not None:
@@ -171,7 +173,7 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
     return [(name, pair.low_res, pair.high_res) for name, pair in pairs]
 
 
-def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callable[[Record], None]:
+def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], None]:
     """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
 
     def handle(record: Record) -> None:
@@ -185,6 +187,9 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         if "warning" in record:
             work.display.say(say + record["warning"])
             work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))
+        if "settled" in record:
+            work.display.say(f"{say}{record['settled']} steps in all, as measured until step {step}")
+            work.tracker.tag_later(work.run_id, {"hatchery.steps": str(record["settled"])})
         if "system" in record:
             work.tracker.log_metrics(work.run_id, record["system"], step)
         for name, content in record.get("pictures", {}).items():
@@ -194,10 +199,19 @@ def _training_records(work: Work, steps: int, last: dict[str, float]) -> Callabl
         if metrics := record.get("metrics", {}):
             last.update(metrics)
             work.tracker.log_metrics(work.run_id, metrics, step)
+            if looked := _validation_of(metrics):
+                work.display.say(f"{say}step {step}, {looked}")
+                return
             note = ", ".join(pattern.format(metrics[key]) for key, pattern in _NOTED.items() if key in metrics)
-            work.display.update(step, steps, "steps", note)
+            work.display.update(step, record["steps"], "steps", note)
 
     return handle
+
+
+def _validation_of(metrics: dict[str, float]) -> str:
+    """What a validation found, in words; empty for metrics of none. It is said by itself: a bar would pass over it."""
+    shown = {"validation_psnr_y": "validation {:.3f} dB", "validation_ssim_y": "SSIM {:.4f}"}
+    return ", ".join(pattern.format(metrics[key]) for key, pattern in shown.items() if key in metrics)
 
 
 def _export(weights: dict[str, torch.Tensor], work: Work, scale: int, lineage: dict[str, str]) -> dict[str, Path]:
@@ -244,14 +258,17 @@ def run_evaluate(work: Work) -> Artifact:
         path = artifacts.fetch(trained, PTH, work.folder)
         weights, archs[name] = Weights.put(path.read_bytes(), load_options(work.recipe)), preset_of(read_weights(path))
         for set_name in asked.sets:
-            images = asked.images(set_name, scale)
+            passed_over = PassedOver()
+            images = asked.images(set_name, scale, passed_over)
+            if said := passed_over.describe():
+                work.display.say(f"      {set_name}: {said}")
             judged = evaluate(name, scale, weights, set_name, images, asked.protocol)
             results.append(judged.result)
             shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)
             work.tracker.log_metrics(work.run_id, _metrics_of(judged.result))
             work.display.update(len(results), len(asked.sets) * len(work.inputs), "evaluations")
     files = write_reports(results, archs, work.folder)
-    return work.publish(files | shown, {}, digest=digest_of([result.model_dump(mode="json") for result in results]))
+    return work.publish(files | shown, {}, digest=digest_of([result.what() for result in results]))
 
 
 def _metrics_of(result: SetResult) -> dict[str, float]:
@@ -275,9 +292,7 @@ def write_reports(results: list[SetResult], archs: dict[str, str | None], folder
 
 def load_options(recipe: Recipe) -> dict[str, Any]:
     """The model options that `model.load` cannot read off the weights."""
-    return {
-        key: value for key, value in recipe.model.options.items() if key in ("num_heads", "conv_scale", "interval_size")
-    }
+    return {key: value for key, value in recipe.model.options.items() if key in ("num_heads", *UNTOLD)}
 
 
 def run_register(work: Work) -> Artifact:

@@ -4,30 +4,37 @@ Metrics, tags and pictures are buffered: training goes on while the server, or t
 answer, and what was missed arrives later. What MLflow refuses is dropped, and said.
 """
 
+import functools
 import json
 import os
+import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import unquote
 
 import mlflow
-import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from data_prep import storage
+from data_prep.redact import without_secrets
 from pipeline import config
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
+from pipeline.mlflow_search import all_pages
+from pipeline.mlflow_server import check_answers, is_server, sign_in
 from pipeline.patient import FAILURES, PATIENCE_S, Patient, may_pass, reason
 from pipeline.patient import TrackingError as TrackingError
 
-# A call to a dead server must fail in seconds: metrics are retried by the buffer below.
+# A call to a dead server is not to go on for minutes: metrics are retried by the buffer below.
+# Its time-out stays MLflow's own: it holds for artifacts as well, which a server may take long to put away.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 os.environ.setdefault("MLFLOW_UV_AUTO_DETECT", "false")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -45,15 +52,15 @@ class Tracker:
         self.say: Callable[[str], None] = lambda text: None
         self.away = False
         self.refused: set[str] = set()
-        self.uri = config.tracking_uri(recipe)
-        self.impatient = connect(self.uri)
+        self.impatient = _connect_all(config.tracking_uri(recipe))
+        self.uri = without_secrets(self.impatient.tracking_uri)  # to show and to store
         self.client = cast(MlflowClient, Patient(self.impatient, self.uri, self._notice))
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
         self.experiment_id = self._find_experiment()
         self.parent_id: str | None = None  # the recipe's run, once work has begun
         self.pending: list[tuple[str, Metric]] = []
-        self.later: list[tuple[str, Callable[[], None]]] = []
+        self.later: list[tuple[str, str, Callable[[], None]]] = []  # run, what it is, how it is sent
+        self.begun: set[str] = set()  # runs that this process makes or goes on with
+        self.gone: set[str] = set()  # of these, those that were found to be deleted
         self.lock = threading.RLock()  # records are handled in a thread, a stage's own in the main one
         self.last_flush = 0.0
 
@@ -62,16 +69,19 @@ class Tracker:
         name = self.recipe.tracking.experiment
         found = self.client.get_experiment_by_name(name)
         if found is not None and found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"MLflow experiment {name!r} was deleted: restore it or choose another tracking.experiment"
-            )
+            raise TrackingError(self._experiment_deleted)
         return None if found is None else str(found.experiment_id)
+
+    @property
+    def _experiment_deleted(self) -> str:
+        name = self.recipe.tracking.experiment
+        return f"MLflow experiment {name!r} was deleted: restore it or choose another tracking.experiment"
 
     def _make_experiment(self) -> str:
         """In a local SQLite store it keeps its artifacts beside the database."""
         location = None
         if self.uri.startswith("sqlite:///"):
-            location = str(Path(self.uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts")
+            location = str(database_file(self.uri).parent / "mlflow-artifacts")
         return str(self.client.create_experiment(self.recipe.tracking.experiment, artifact_location=location))
 
     def begin(self) -> str:
@@ -85,6 +95,7 @@ class Tracker:
             if found:
                 self.client.update_run(found, status="RUNNING")
             self.parent_id = found or self._make_parent()
+            self.begun.add(self.parent_id)
         return self.parent_id
 
     @property
@@ -99,13 +110,17 @@ class Tracker:
         return str(run.info.run_id)
 
     def _find(self, tags: dict[str, str]) -> str | None:
+        """The newest run with all of these tags; MLflow is asked for those that its filters can quote, digests say."""
         if self.experiment_id is None:
             return None
-        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-        runs = self.client.search_runs(
-            [self.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items() if "'" not in value)
+        search = functools.partial(
+            self.client.search_runs, [self.experiment_id], query, order_by=["attributes.start_time DESC"]
         )
-        return str(runs[0].info.run_id) if runs else None
+        for run in all_pages(search):
+            if all(run.data.tags.get(key) == value for key, value in tags.items()):
+                return str(run.info.run_id)
+        return None
 
     def stage_run(self, stage: str, fingerprint: str, params: dict[str, Any]) -> str:
         """The child run of a stage: the one begun earlier for the same fingerprint, else a new one."""
@@ -113,20 +128,21 @@ class Tracker:
         found = self._find(tags)
         if found:
             self.client.update_run(found, status="RUNNING")
-            return found
-        run = self.client.create_run(self.experiment_id, run_name=stage, tags=tags)
-        self.log_params(run.info.run_id, config.flatten(params))
-        return str(run.info.run_id)
+        else:
+            found = str(self.client.create_run(self.experiment_id, run_name=stage, tags=tags).info.run_id)
+            self.log_params(found, config.flatten(params))
+        self.begun.add(found)
+        return found
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
         """Parameters of a run; values are shortened to what MLflow takes."""
-        entries = [Param(key, str(value)[:_PARAM_CHARS]) for key, value in params.items()]
+        entries = [Param(key, without_secrets(str(value))[:_PARAM_CHARS]) for key, value in params.items()]
         for begin in range(0, len(entries), _BATCH):
             self.client.log_batch(run_id, params=entries[begin : begin + _BATCH])
 
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
         """Tags of a run."""
-        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.client.log_batch(run_id, tags=_run_tags(tags))
 
     def log_metrics(self, run_id: str, metrics: dict[str, float], step: int = 0) -> None:
         """Put metrics into the buffer, which is sent at most every two seconds."""
@@ -137,16 +153,16 @@ class Tracker:
 
     def tag_later(self, run_id: str, tags: dict[str, str]) -> None:
         """Tags of a run, now or as soon as the server answers again."""
-        entries = [RunTag(key, value) for key, value in tags.items()]
-        self._later(f"tags {', '.join(tags)}", lambda: self.impatient.log_batch(run_id, tags=entries))
+        entries = _run_tags(tags)
+        self._later(run_id, f"tags {', '.join(tags)}", lambda: self.impatient.log_batch(run_id, tags=entries))
 
     def log_bytes_later(self, run_id: str, name: str, content: bytes) -> None:
         """A file among the run's artifacts, now or as soon as it can be sent."""
-        self._later(name, lambda: self._log_bytes(run_id, name, content))
+        self._later(run_id, name, lambda: self._log_bytes(run_id, name, content))
 
     def log_stored_later(self, run_id: str, name: str, uri: str) -> None:
         """A file of the storage among the run's artifacts, now or as soon as it can be read and sent."""
-        self._later(name, lambda: self._log_bytes(run_id, name, storage.read_bytes(uri)))
+        self._later(run_id, name, lambda: self._log_bytes(run_id, name, storage.read_bytes(uri)))
 
     def _log_bytes(self, run_id: str, name: str, content: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
@@ -154,9 +170,9 @@ class Tracker:
             file.write_bytes(content)
             self.impatient.log_artifact(run_id, str(file), _folder_of(name))
 
-    def _later(self, what: str, call: Callable[[], None]) -> None:
+    def _later(self, run_id: str, what: str, call: Callable[[], None]) -> None:
         with self.lock:
-            self.later.append((what, call))
+            self.later.append((run_id, what, call))
             self._flush_if_due(0)
 
     def _flush_if_due(self, interval_s: float) -> None:
@@ -194,6 +210,8 @@ class Tracker:
         except FAILURES as error:
             if may_pass(error):
                 raise
+            if self._was_deleted(run_id):
+                return
             if len(names) == 1:
                 self._say_refused(f"metric {names[0]}", error)
                 return
@@ -203,14 +221,28 @@ class Tracker:
     def _send_later(self) -> None:
         """Raises what may pass."""
         while self.later:
-            what, call = self.later.pop(0)
+            run_id, what, call = self.later.pop(0)
             try:
                 call()
             except FAILURES as error:
                 if may_pass(error):
-                    self.later.insert(0, (what, call))
+                    self.later.insert(0, (run_id, what, call))
                     raise
-                self._say_refused(what, error)
+                if not self._was_deleted(run_id):
+                    self._say_refused(what, error)
+
+    def _was_deleted(self, run_id: str) -> bool:
+        """Whether somebody deleted a run meanwhile, which is said once; what it would be told from then on is lost."""
+        if run_id in self.gone:
+            return True
+        try:
+            deleted = self.impatient.get_run(run_id).info.lifecycle_stage == "deleted"
+        except MlflowException as error:
+            deleted = error.error_code == "RESOURCE_DOES_NOT_EXIST" and run_id in self.begun
+        if deleted:
+            self.gone.add(run_id)
+            self.say(f"MLflow run {run_id} was deleted meanwhile: it is told no more")
+        return deleted
 
     def _say_refused(self, what: str, error: Exception) -> None:
         if what not in self.refused:
@@ -261,18 +293,42 @@ class Tracker:
         """End a run that an error ends. One attempt: what keeps MLflow from it is said and takes no error's place."""
         status = "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED"
         try:
+            if is_server(self.uri):
+                check_answers(self.uri)  # within seconds: who pressed Ctrl-C waits for it
             self.flush(patience_s=0)
-            self.impatient.set_terminated(run_id, status)
+            self._end(run_id, status)
         except FAILURES as failure:
             self.say(f"MLflow run {run_id} is not marked as {status}: {reason(failure)}")
+
+    def _end(self, run_id: str, status: str) -> None:
+        """Mark a run as ended; one that was deleted meanwhile stays so, but not as one that is running."""
+        try:
+            self.impatient.set_terminated(run_id, status)
+        except MlflowException:
+            if not self._was_deleted(run_id):
+                raise
+            self.impatient.restore_run(run_id)
+            self.impatient.set_terminated(run_id, status)
+            self.impatient.delete_run(run_id)
+
+    def refusal(self, run_id: str | None, error: MlflowException) -> TrackingError:
+        """What to say, in one line with the remedy, where MLflow refuses what the work on a run cannot do without."""
+        with suppress(*FAILURES):
+            if self.experiment_id and self.impatient.get_experiment(self.experiment_id).lifecycle_stage == "deleted":
+                return TrackingError(self._experiment_deleted)
+        if run_id is not None and self._was_deleted(run_id):
+            return TrackingError(
+                f"MLflow run {run_id} was deleted meanwhile: call again, which makes another and takes up the work"
+            )
+        return TrackingError(f"MLflow at {self.uri} refuses: {reason(error)}")
 
     @property
     def how_to_look(self) -> str:
         """The address of the MLflow UI, or the command that starts it."""
-        if self.uri.startswith(("http://", "https://")):
+        if is_server(self.uri):
             run_id = self.parent_id or self._find(self._parent_tags)
             run = f"/#/experiments/{self.experiment_id}/runs/{run_id}" if run_id else ""
-            return f"{self.uri}{run}"
+            return f"{self.uri.rstrip('/')}{run}"
         return f"mlflow ui --backend-store-uri {self.uri}"
 
 
@@ -284,6 +340,10 @@ def warning_tags(step: int, text: str) -> dict[str, str]:
     name = f"hatchery.warning.{step}.{config.digest_of(text)[:8]}"
     parts = [text[begin : begin + _TAG_CHARS] for begin in range(0, len(text), _TAG_CHARS)]
     return {f"{name}.{number}" if number else name: part for number, part in enumerate(parts)}
+
+
+def _run_tags(tags: dict[str, str]) -> list[RunTag]:
+    return [RunTag(key, without_secrets(str(value))) for key, value in tags.items()]
 
 
 def _folder_of(name: str) -> str | None:
@@ -304,32 +364,55 @@ def connect_default(uri: str | None) -> MlflowClient:
                 f"no MLflow store: {database} is absent; give --tracking-uri, or set MLFLOW_TRACKING_URI"
             )
         uri = f"sqlite:///{database}"
+    return _connect_all(uri)
+
+
+def _connect_all(uri: str) -> MlflowClient:
+    """A client as `connect`; MLflow's own functions use its server from then on."""
     client = connect(uri)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
+    mlflow.set_tracking_uri(client.tracking_uri)
+    mlflow.set_registry_uri(client.tracking_uri)
     return client
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client of the server or database at `uri`; TrackingError, with the remedy, where it does not answer."""
-    if uri.startswith(("http://", "https://")):
-        try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
-        except requests.RequestException as error:
-            raise TrackingError(
-                f"MLflow at {uri} does not answer ({type(error).__name__}): start the server or correct tracking.uri"
-            ) from error
+    """A client of the server or database at `uri`; TrackingError, with the remedy, where it does not answer.
+
+    A login in the address of a server goes from there into the environment, where MLflow looks for one.
+    """
+    if is_server(uri):
+        uri = sign_in(uri)
+        check_answers(uri)
     elif uri.startswith("sqlite:///"):
-        try:
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrackingError(
-                f"MLflow database {uri} cannot be made: {error}; choose another tracking.uri"
-            ) from error
+        _check_database(uri)
     try:
         client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         client.search_experiments(max_results=1)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrackingError(f"MLflow at {uri} cannot be used ({reason}): correct tracking.uri") from error
+        raise TrackingError(
+            f"MLflow at {without_secrets(uri)} cannot be used ({reason(error) or type(error).__name__}): correct "
+            f"tracking.uri"
+        ) from error
     return client
+
+
+def database_file(uri: str) -> Path:
+    """Where the database of a sqlite:/// URI lies."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def _check_database(uri: str) -> None:
+    """TrackingError where a SQLite database cannot be opened or made; MLflow would try again for minutes."""
+    file = database_file(uri)
+    if str(file) in (".", ":memory:") or str(file).startswith("file:"):
+        return  # SQLite's other forms
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(file)) as database:
+            database.execute("PRAGMA schema_version")
+        if not os.access(file, os.W_OK):
+            raise PermissionError(f"{file} is not for you to write to")
+    except (OSError, sqlite3.Error) as error:
+        raise TrackingError(
+            f"MLflow database {without_secrets(uri)} cannot be used: {error}; choose another tracking.uri"
+        ) from error

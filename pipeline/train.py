@@ -82,20 +82,25 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     # one clock for all: rank 0's
     saves = SaveWatch(run.job.compute.checkpoint_every_s if run.rank == 0 else None)
     trace, due, stop = _Trace(run), False, False
-    while run.step < phase.steps:
+    run.budget.start_clock()
+    while not run.budget.is_over(run.step):
         alive.rearm()
-        last, logging = run.step + 1 == phase.steps, (run.step + 1) % phase.log_every == 0
+        last, logging = run.step + 1 == run.budget.steps, (run.step + 1) % phase.log_every == 0
         if last or logging:
             probe.begin()
         trace.before_step()
-        rate = learning_rate(run.step, phase)
-        keys = step(run, window, rate, want_stop=run.rank == 0 and watch.poll(), want_save=saves.poll())
+        rate = learning_rate(run.step, phase, run.budget.steps)
+        wishes = {"want_stop": run.rank == 0 and watch.poll(), "want_save": saves.poll()}
+        keys = step(run, window, rate, **wishes, want_settle=run.rank == 0 and run.budget.is_due)
         trace.after_step()
         bad_steps = 0 if run.optimizer.applied else bad_steps + 1
         if bad_steps:
             _tell_of_bad_step(run, keys)
             if last or bad_steps > run.job.compute.bad_steps_tolerated:
                 return _roll_back(run, bad_steps)
+        if run.optimizer.settle_wanted and run.budget.steps is None:
+            run.report({"settled": run.budget.settle(run.step)})
+            due = True
         if last or logging:
             metrics = _log(run, window, probe.end(), rate)
         if run.validator is not None and (last or (every and run.step % every == 0)):
@@ -113,11 +118,14 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     return {"kind": "done", "step": run.step}
 
 
-def step(run: Run, window: Window, rate: float, *, want_stop: bool = False, want_save: bool = False) -> list[str]:
-    """One optimizer step at a learning rate, and the averages after it; the names of this rank's samples."""
+def step(run: Run, window: Window, rate: float, **wishes: bool) -> list[str]:
+    """One optimizer step at a learning rate, and the averages after it; the names of this rank's samples.
+
+    wishes: of this rank, as `GuardedAdam.begin_step` takes them.
+    """
     for group in run.engine.optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.begin_step(want_stop=want_stop, want_save=want_save)
+    run.optimizer.begin_step(**wishes)
     keys = _global_batch(run, window)
     run.step += 1
     window.steps += 1
@@ -185,7 +193,7 @@ def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[
     if run.adversary is not None:
         metrics |= run.adversary.metrics()
     metrics["percent_of_peak"] = 100 * metrics["images_per_s"] * run.peak_share_per_image_per_s
-    run.report({"metrics": metrics})
+    run.report({"metrics": metrics, "steps": run.budget.expected(run.step)})
     if run.system is not None:
         run.mailbox.post.remote({"step": run.step, "system": run.system.look()})
     return metrics
@@ -255,6 +263,7 @@ def save(run: Run, metrics: dict[str, float]) -> None:
         "world_size": run.world_size,
         "layout": zero.layout(run.engine, stage),
         "best": best.model_dump() if best else None,
+        **run.budget.as_meta(),
     }
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
     run.saved = checkpoint.name_of(meta)

@@ -1,41 +1,46 @@
-"""`hatchery upscale` and `hatchery export`: images, and other runtimes, from weights files and registered models.
+"""`hatchery upscale`: images through networks from weights files and registered models.
 
 Weights and targets are checked before any work. A broken image in a folder is named and passed over.
 """
 
-import math
-import os
+import errno
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 import torch
 from rich.console import Console
 
-from data_prep import jpeg, jpeg_header, jpeg_scans
+from data_prep.image import whole
+from data_prep.image_files import PassedOver
 from model import load
-from model.blocks import NUM_FEAT, UpscalingNetwork
-from model.inference import upscale
-from model.picture import FORMATS, Picture, check_target, read_picture, write_picture
-from model.precision import resolve_precision
-from model.tiles import Tiler, smallest_tile
+from model.alpha import has_alpha
+from model.blocks import UpscalingNetwork
+from model.files import WriteError
+from model.inference import Upscaler
+from model.limits import bound_threads
+from model.picture import (
+    Picture,
+    read_picture,
+    refuse_size,
+    refuse_what_it_cannot_hold,
+    write_picture,
+)
+from model.precision import emulation_note, resolve_precision
+from model.tiles import Progress
+from pipeline import device_workers
+from pipeline.devices import choose
 from pipeline.progress import Display
+from pipeline.upscale_files import Job, Naming, plan, refuse_quality, without_finished
+from pipeline.upscale_image import Wanted, enlarge
 
-BODY_TENSORS = {"hat": 13, "hmanet": 40, "hat_unet": 20}
-HEAD_TENSORS = 3
-"""How many tensors of embed_dim channels, or of NUM_FEAT channels in high resolution, exist at once. Measured for
-HAT in fp32: 8.6 kB a pixel at x2, where the body weighs most, 11.8 kB at x4, where the head does; HMANet: 17.9 kB
-at 224 px, growing with the size, since its grids do: hence 40; the U of 48 channels: 3.5 kB at 512 px."""
-OUTPUT_TENSORS = 3
-"""How many float RGB images of the result's size exist at once, one more with --ensemble, two more with alpha. Measured
-at x4, where one takes 192 bytes a low-resolution pixel: 560 bytes, with --ensemble 763, with alpha 937."""
-MEMORY_SHARE = 0.6
-"""Of the memory that the result leaves free, for the network."""
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container (version 2) of its limits."""
+NOTHING_CAN_BE_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What says of the whole disk, not of one file, that it takes no more."""
 KINDS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
 
 
@@ -57,7 +62,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Options:
-    """How images are worked on; see `model.inference.upscale`."""
+    """How images are worked on; see `model.inference.upscale`. `tile` None: chosen by the memory that is free."""
 
     tile: int | None = None
     overlap: int | None = None
@@ -67,56 +72,64 @@ class Options:
     compile: bool = False
     """By torch.compile: for tiles, or many images of one size, since each new size is compiled anew."""
 
+    def upscaler(self, network: UpscalingNetwork) -> Upscaler:
+        """A network that works so, compiled if asked for; ValueError for options that cannot be."""
+        made = Upscaler(
+            network,
+            tile="auto" if self.tile is None else self.tile,
+            overlap=self.overlap,
+            batch=self.batch,
+            ensemble=self.ensemble,
+            precision=self.precision,
+        )
+        if self.compile:
+            network.compile(dynamic=False)
+        return made
+
 
 @dataclass(frozen=True)
-class Job:
-    """One image file and where its result goes."""
+class Task:
+    """What the command is asked to do."""
 
-    source: Path
-    target: Path
+    images: str
+    """An image, or a folder of images."""
+    target: str
+    network: Source
+    naming: Naming = field(default_factory=Naming)
+    wanted: Wanted = field(default_factory=Wanted)
+    options: Options = field(default_factory=Options)
+    device: str = "auto"
+    """See `pipeline.devices.choose`."""
+    skip_existing: bool = False
 
 
-def plan(source: str, target: str) -> list[Job]:
-    """The files to work on. ValueError for a source that is missing or empty, and for a target that cannot be.
+def carry_out(task: Task, console: Console) -> list[str]:
+    """Upscale an image or a folder; returns what went wrong with which image. ValueError where a single one failed.
 
-    A folder's images keep their names and places below the target; a single one may be given a folder, too.
+    What cannot be, or is passed over, is said before any work.
     """
-    into = Path(target)
-    if Path(source).is_dir():
-        if into.exists() and not into.is_dir():
-            raise ValueError(f"{target} is a file: name a folder for the images of {source}")
-        found = [path for path in sorted(Path(source).rglob("*")) if path.suffix.lower() in FORMATS and path.is_file()]
-        jobs = [Job(path, into / path.relative_to(source)) for path in found if not _is_below(path, into, source)]
-        if not jobs:
-            raise ValueError(f"{source} holds no images: their names end in {', '.join(FORMATS)}")
-    elif Path(source).is_file():
-        is_folder = into.is_dir() or target.endswith(os.sep)
-        jobs = [Job(Path(source), into / Path(source).name if is_folder else into)]
-        check_target(jobs[0].target)
-    else:
-        raise ValueError(f"{source} does not exist: name an image or a folder of images")
-    _refuse_below_a_file(into)
-    for job in jobs:
-        if job.target.resolve() == job.source.resolve():
-            raise ValueError(f"{target} would overwrite {job.source}: name another place for the result")
-    return jobs
+    passed_over = PassedOver()
+    planned = plan(task.images, task.target, task.naming, passed_over)
+    refuse_quality(planned.jobs, task.wanted)
+    devices = choose(task.device)[: max(len(planned.jobs), 1)]
+    display = Display(console)
+    for note in (passed_over.describe(), *planned.notes):
+        if note:
+            display.say(f"{task.images}: {note}")
+    jobs = planned.jobs
+    if jobs:
+        network, name = open_network(task.network, devices[0] if len(devices) == 1 else torch.device("cpu"))
+    if jobs and task.skip_existing:
+        jobs, notes = without_finished(jobs, task.wanted, network.scale)
+        for note in notes:
+            display.say(f"{task.target}: {note}")
+    if not jobs:
+        return planned.problems
+    return planned.problems + run(jobs, network, name, task.options, console, task.wanted, devices)
 
 
-def _refuse_below_a_file(target: Path) -> None:
-    """ValueError where a folder that the target needs is a file."""
-    for folder in target.parents:
-        if folder.is_file():
-            raise ValueError(f"{target} cannot be written: {folder} is a file, no folder")
-
-
-def _is_below(path: Path, target: Path, source: str) -> bool:
-    """Whether an image lies in a target folder inside the source: the result of an earlier run."""
-    inside = target.resolve() != Path(source).resolve()
-    return inside and path.resolve().is_relative_to(target.resolve())
-
-
-def open_network(source: Source) -> tuple[UpscalingNetwork, str]:
-    """The network in eval mode on the best device, and what it is. ValueError where it cannot be had."""
+def open_network(source: Source, device: torch.device | None = None) -> tuple[UpscalingNetwork, str]:
+    """The network in eval mode on a device, the best by default, and what it is. ValueError where it cannot be had."""
     if source.weights and source.model:
         raise ValueError("--weights and --model are two networks: give one of them")
     with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
@@ -127,7 +140,7 @@ def open_network(source: Source) -> tuple[UpscalingNetwork, str]:
         raise ValueError(
             f"{name} upscales by {network.scale}, not by --scale {source.scale}: leave it out, or choose others"
         )
-    return network.to("cuda" if torch.cuda.is_available() else "cpu"), name
+    return network.to(device or choose()[0]), name
 
 
 def _weights(source: Source, folder: Path) -> tuple[str, Path, dict[str, Any]]:
@@ -147,139 +160,127 @@ def _weights(source: Source, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     return uri, *registry.fetch_model(client, uri, folder)
 
 
-def run(jobs: Sequence[Job], network: UpscalingNetwork, name: str, options: Options, console: Console) -> list[str]:
+def run(
+    jobs: Sequence[Job],
+    network: UpscalingNetwork,
+    name: str,
+    options: Options,
+    console: Console,
+    wanted: Wanted | None = None,
+    devices: Sequence[torch.device] = (),
+) -> list[str]:
     """Upscale every image; returns what went wrong with which. A single image's error is raised instead.
 
-    ValueError for options that cannot be, before any work.
+    With several `devices` images are shared by as many processes, and `network` is on the CPU; else it is where it
+    works. ValueError for options that cannot be, before any work, and where no more can be written.
     """
-    device = network.conv_first.weight.device
-    precision = resolve_precision(options.precision, device)
-    Tiler(network, options.tile, options.overlap, options.batch)  # refuses what cannot be, before any image
-    if options.compile:
-        network.compile(dynamic=False)
-    problems = []
+    wanted = wanted or Wanted()
+    devices = list(devices)[: len(jobs)] or [network.conv_first.weight.device]
+    precision = resolve_precision(options.precision, devices[0])
+    upscaler = options.upscaler(network)  # refuses what cannot be, before any image
+    bound_threads()
     with Display(console) as display:
-        display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {device.type}")
-        for number, job in enumerate(jobs, start=1):
-            display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
-            try:
-                display.end_stage(_upscale(job, network, options, display))
-            except (ValueError, MemoryError, OSError) as error:
-                if len(jobs) == 1:
-                    raise
-                display.end_stage("failed")
-                problems.append(_named(job, error))
-    return problems
+        display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {', '.join(map(_called, devices))}")
+        if note := emulation_note(options.precision, devices[0]):
+            display.say(f"      {note}")
+        if len(devices) == 1:
+            return _run_here(jobs, upscaler, wanted, display)
+        return _run_shared(jobs, network, options, wanted, devices, display)
 
 
-def _upscale(job: Job, network: UpscalingNetwork, options: Options, display: Display) -> str:
-    """One image; returns what it was and became."""
-    picture = read_picture(job.source)
-    _refuse_cut_off(job.source)
-    check_target(job.target, picture, network.scale)
+def _called(device: torch.device) -> str:
+    """A device as the first line has it: the only GPU, or the CPU, by its kind alone."""
+    return str(device) if device.index else device.type
 
-    size = picture.pixels.shape[:2]
-    overlap = Tiler(network, overlap=options.overlap).overlap
-    tile = options.tile
-    if tile is None:
-        result_bytes = output_bytes(network.scale, picture.pixels.shape, options.ensemble)
-        tile = fitting_tile(network, size, overlap, _free_bytes(network), result_bytes)
-    if tile and max(size) > tile:
-        display.say(f"      {job.source.name}: {Tiler(network, tile, overlap).describe()}")
+
+def _run_here(jobs: Sequence[Job], upscaler: Upscaler, wanted: Wanted, display: Display) -> list[str]:
+    """One image after the other in this process, with the progress of each."""
+    problems: list[str] = []
 
     def progress(done: int, total: int) -> None:
         if total > 1:
             display.update(done, total, "tiles")
 
-    how = {name: value for name, value in asdict(options).items() if name != "compile"}
-    pixels = upscale(network, picture.pixels, **(how | {"tile": tile}), progress=progress)
-    write_picture(job.target, Picture(pixels, picture.profile))
+    for number, job in enumerate(jobs, start=1):
+        display.begin_stage(number, len(jobs), job.source.name, f"-> {job.target}")
+        try:
+            done = _upscale(job, upscaler, wanted, display.say, progress)
+            display.end_stage(done)
+        except (ValueError, MemoryError, OSError) as error:
+            if len(jobs) == 1:
+                raise
+            display.end_stage("failed")
+            _refuse_to_go_on(error, number - 1 - len(problems), len(jobs))
+            problems.append(_named(job, error))
+    return problems
+
+
+def _run_shared(
+    jobs: Sequence[Job],
+    network: UpscalingNetwork,
+    options: Options,
+    wanted: Wanted,
+    devices: Sequence[torch.device],
+    display: Display,
+) -> list[str]:
+    """A process for each device; what is said of each image comes in their order."""
+    problems: list[str] = []
+    results = device_workers.in_order(jobs, devices, network, partial(_upscale_there, options, wanted))
+    with closing(results):
+        for number, (job, result, device) in enumerate(results, start=1):
+            display.say(f"[{number}/{len(jobs)}] {job.source.name}: -> {job.target}")
+            if not isinstance(result, Exception):
+                display.say(f"      {job.source.name}: done on {device}: {result}")
+                continue
+            if not isinstance(result, (ValueError, MemoryError, OSError)):
+                raise result
+            display.say(f"      {job.source.name}: failed on {device}")
+            _refuse_to_go_on(result, number - 1 - len(problems), len(jobs))
+            problems.append(_named(job, result))
+    return problems
+
+
+def _upscale_there(options: Options, wanted: Wanted, network: UpscalingNetwork, job: Job) -> str:
+    """In a device's process: one image."""
+    return _upscale(job, _upscaler_there(options, network), wanted, lambda text: None, lambda done, total: None)
+
+
+@lru_cache(maxsize=1)
+def _upscaler_there(options: Options, network: UpscalingNetwork) -> Upscaler:
+    """In a device's process: the same for all its images, so that what one taught about memory holds for the next."""
+    return options.upscaler(network)
+
+
+def _refuse_to_go_on(error: Exception, done: int, count: int) -> None:
+    """ValueError where no further image could be written either."""
+    if isinstance(error, WriteError) and error.errno in NOTHING_CAN_BE_WRITTEN:
+        raise ValueError(
+            f"{error}; {done} of {count} images are done, and the same command with --skip-existing goes on from there"
+        ) from error
+
+
+def _upscale(job: Job, upscaler: Upscaler, wanted: Wanted, say: Callable[[str], None], progress: Progress) -> str:
+    """One image; returns what it was and became."""
+    picture = read_picture(job.source, whole)
+    if picture.num_pictures > 1:
+        say(f"      {job.source.name}: the first of its {picture.num_pictures} pictures")
+    size, scale = picture.pixels.shape[:2], upscaler.network.scale
+    has_result_alpha = has_alpha(picture.pixels.shape[2]) and wanted.alpha != "drop"
+    refuse_what_it_cannot_hold(job.target, picture.pixels.dtype == np.uint16, has_result_alpha)
+    refuse_size(job.target, *wanted.size(size, scale))
+
+    tile = upscaler.choose(size, picture.pixels.shape[2], picture.pixels.dtype.itemsize)
+    if tile and max(size) > tile:
+        say(f"      {job.source.name}: {upscaler.describe(tile)}")
+
+    pixels = enlarge(picture.pixels, partial(upscaler, progress=progress), scale, wanted)
+    lost = write_picture(job.target, Picture(pixels, picture.profile, picture.metadata), wanted.quality)
     before, after = (f"{width} x {height}" for height, width in (size, pixels.shape[:2]))
-    tiles = f", tiles of {tile} px" if tile else ""
-    return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}"
-
-
-def _refuse_cut_off(path: Path) -> None:
-    """ValueError for a JPEG whose data ends before the image does, which libjpeg would fill with gray."""
-    data = path.read_bytes()
-    header = jpeg_header.parse(data)
-    is_whole = jpeg_scans.is_whole(data) if header is None else jpeg.seek_points(data, header) is not None
-    if is_whole is False:  # None: it cannot be told, as of other formats, which have checksums
-        raise ValueError(f"{path} cannot be read: its compressed data is damaged or cut off")
-
-
-def fitting_tile(
-    network: UpscalingNetwork, size: tuple[int, ...], overlap: int, free_bytes: int, result_bytes: int = 0
-) -> int | None:
-    """None where a whole image is likely to fit the memory beside its result, else the side of tiles that are, px.
-
-    Linux kills a process that takes too much rather than refusing it memory, so on CPUs it is reckoned before.
-    MemoryError where not even the smallest useful tiles fit.
-    """
-    left_bytes = free_bytes - result_bytes
-    px = left_bytes * MEMORY_SHARE / bytes_per_px(network)
-    if math.prod(size) <= px:
-        return None
-    smallest = smallest_tile(overlap, network.multiple)
-    needed_bytes = min(smallest**2, math.prod(size)) * bytes_per_px(network)
-    if needed_bytes > left_bytes:
-        raise MemoryError(
-            f"the result takes {result_bytes / 1e9:.3g} GB of memory and tiles of {smallest} px take "
-            f"{needed_bytes / 1e9:.3g} GB, where {free_bytes / 1e9:.3g} GB are free: free some, "
-            "cut the image into parts, or say --tile and --tile-overlap yourself"
-        )
-    return max(int(px**0.5) // network.multiple * network.multiple, smallest) if px > 0 else smallest
-
-
-def output_bytes(scale: int, shape: tuple[int, ...], ensemble: bool) -> int:
-    """What the result of an image (H, W, C) takes on the way to pixels (see `OUTPUT_TENSORS`)."""
-    height, width, channels = shape
-    tensors = OUTPUT_TENSORS + ensemble + (2 if channels in (2, 4) else 0)
-    return tensors * 4 * 3 * height * width * scale**2
-
-
-def bytes_per_px(network: UpscalingNetwork) -> int:
-    """What a pixel of the low-resolution image takes in fp32 (see `BODY_TENSORS`)."""
-    body = BODY_TENSORS[network.arch] * network.config["embed_dim"]
-    return 4 * int(max(body, HEAD_TENSORS * NUM_FEAT * network.scale**2))
-
-
-def _free_bytes(network: UpscalingNetwork) -> int:
-    """What may be taken: on a GPU as much as one likes, since there an error says when it was too much."""
-    if network.conv_first.weight.device.type != "cpu":
-        return 1 << 62
-    return max(min(psutil.virtual_memory().available, _container_free_bytes()), 0)
-
-
-def _container_free_bytes() -> int:
-    """What the container leaves; cached files that nobody used lately count as free, since Linux drops them."""
-    limit, used, parts = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
-    if not (limit.is_file() and used.is_file()) or (text := limit.read_text().strip()) == "max":
-        return 1 << 62
-    stat = dict(line.split() for line in parts.read_text().splitlines()) if parts.is_file() else {}
-    return int(text) - int(used.read_text()) + int(stat.get("inactive_file", 0))
+    tiles = f", tiles of {upscaler.tile_used} px" if upscaler.tile_used else ""
+    without = f"; without {', '.join(lost)}" if lost else ""
+    return f"{before} -> {after} px, {KINDS[pixels.shape[2]]}, {pixels.dtype.itemsize * 8} bits{tiles}{without}"
 
 
 def _named(job: Job, error: Exception) -> str:
     text = str(error)
     return text if str(job.source) in text or str(job.target) in text else f"{job.source}: {text}"
-
-
-def export(source: Source, target: str) -> str:
-    """Write a network as `.onnx` or `.pt2`; returns what was written. ValueError for another ending."""
-    from model.export import export_onnx, require_onnx, save_program
-
-    suffix = Path(target).suffix
-    if suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{target}: choose an ending among .onnx, .pt2")
-    _refuse_below_a_file(Path(target))
-    if suffix == ".onnx":
-        require_onnx()
-    network, name = open_network(source)
-    if suffix == ".onnx":
-        difference = export_onnx(target, network)
-        checked = f"differs from PyTorch by at most {difference:.1e} in onnxruntime, of a range of 1"
-    else:
-        save_program(target, network)
-        checked = f"for sides of more than {network.multiple} px"
-    return f"{target}: {name}, {network.arch} x{network.scale}, {checked}"

@@ -4,6 +4,7 @@ The best weights are uploaded by a thread while training goes on: `best/weights.
 names their step and figure.
 """
 
+import os
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from data_prep import storage
 from data_prep.subimages import to_png
 from model.blocks import UpscalingNetwork
+from model.inference import Upscaler
+from model.memory import MEMORY_SHARE
 from model.metrics import RESOLVED_DB, psnr_y, ssim_y
 from model.weights import load_parameters
 from pipeline import checkpoint
@@ -45,6 +48,9 @@ class Validator:
         self.metric = metric
         self.place = place
         self.best = best
+        self.most_px: int | None = None
+        self.tiles: list[int] = []
+        """The sides of the last validation's tiles on any rank, px; none where all images went whole."""
         self.uploads = ThreadPoolExecutor(1, thread_name_prefix="hatchery-best")
         self.upload: Future[None] | None = None
 
@@ -56,20 +62,41 @@ class Validator:
         load_parameters(network, weights)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         figures: list[tuple[float, float]] = []
+        tiles: set[int] = set()
         shown: dict[str, bytes] = {}
+        upscaler = self._upscaler(network)
         for name, low_res, high_res in self.images[rank::world_size]:
-            output = restored(network, low_res)
+            output = restored(upscaler, low_res)
+            tiles |= {upscaler.tile_used} if upscaler.tile_used else set()
             border = border_px(high_res.shape[0] // low_res.shape[0])
             psnr = min(psnr_y(output, high_res, border), RESOLVED_DB)
             figures.append((psnr, ssim_y(output, high_res, border)))
             if rank == 0 and len(shown) < pictures:
                 shown[f"{name}.png"] = to_png(np.concatenate([output, high_res], axis=1))
         everyone: list[Any] = [None] * world_size
-        dist.all_gather_object(everyone, figures)
-        psnr, ssim = np.mean([pair for part in everyone for pair in part], axis=0).tolist()
+        dist.all_gather_object(everyone, (figures, tiles))
+        psnr, ssim = np.mean([pair for part, _ in everyone for pair in part], axis=0).tolist()
         metrics = {"validation_psnr_y": psnr, "validation_ssim_y": ssim}
         self._keep_best(weights, Best(step=step, value=metrics[f"validation_{self.metric}"], metric=self.metric))
-        return {"metrics": metrics, "pictures": shown}
+        self.most_px = upscaler.most_px
+        return {"metrics": metrics, "pictures": shown} | self._note(
+            sorted(set().union(*(part for _, part in everyone)))
+        )
+
+    def _upscaler(self, network: UpscalingNetwork) -> Upscaler:
+        """Takes tiles where memory asks for them, no larger than what has failed before; processes of a node share."""
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if network.conv_first.weight.device.type == "cpu" else 1
+        upscaler = Upscaler(network, tile="auto", share=MEMORY_SHARE / beside)
+        upscaler.most_px = self.most_px
+        return upscaler
+
+    def _note(self, tiles: list[int]) -> dict[str, str]:
+        """A warning for the record where tiles are not those of the validation before."""
+        if tiles == self.tiles:
+            return {}
+        self.tiles = tiles
+        sides = f"in tiles of {', '.join(map(str, tiles))} px" if tiles else "without tiles"
+        return {"warning": f"validation {sides}, as memory allows: its figures may differ slightly from those before"}
 
     def _keep_best(self, weights: dict[str, Tensor], found: Best) -> None:
         if self.best is not None and found.value <= self.best.value:

@@ -18,12 +18,13 @@ from model import build
 from model.blocks import UpscalingNetwork
 from model.init import bicubic_start
 from model.losses import Loss, with_adversary
-from model.precision import resolve_precision
+from model.precision import emulation_note, resolve_precision
 from model.weights import load_parameters, read_weights
 from pipeline import artifact, checkpoint, zero
 from pipeline.adversary import Adversary
 from pipeline.arithmetic import TRAINING_PASSES, macs_per_sample, peak_macs_per_s
 from pipeline.autobatch import find_micro_batch
+from pipeline.budget import Budget
 from pipeline.heap import keep_freed_memory
 from pipeline.launch import TrainJob
 from pipeline.objective import loss_of
@@ -51,6 +52,7 @@ class Run:
     world_size: int
     micro_batch: int
     passes: int
+    budget: Budget
     step: int
     data_offset: int
     saved: str | None
@@ -105,6 +107,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         world_size=world_size,
         micro_batch=micro_batch,
         passes=micro_batches_per_step(job.phase.global_batch, micro_batch, world_size),
+        budget=Budget(job.phase, meta),
         step=step,
         data_offset=data_offset,
         saved=checkpoint.name_of(meta) if state is not None else None,
@@ -113,6 +116,8 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,
         peak_share_per_image_per_s=TRAINING_PASSES * macs / (peak_macs_per_s(device, bf16) * world_size),
     )
+    if note := emulation_note(job.phase.precision, device):
+        run.report({"warning": note})
     used = {"precision_used": "bf16" if bf16 else "fp32", "device": str(device), "workers_used": world_size}
     run.report({"params": used | {"micro_batch_used": micro_batch, "gmacs_per_sample": round(macs / 1e9, 3)}})
     return run

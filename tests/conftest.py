@@ -19,8 +19,9 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 @pytest.fixture(autouse=True, scope="module")
 def tracking_uri_of_its_own():
-    """MLflow keeps the URI it was last given in the environment; a module must not hand it to the next one."""
-    before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
+    """MLflow keeps the URI and login it was last given in the environment; a module must not hand it to the next."""
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    before = {name: os.environ.get(name) for name in names}
     yield
     for name, value in before.items():
         if value is None:

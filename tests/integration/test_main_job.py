@@ -25,7 +25,7 @@ from pipeline.ledger import Ledger
 from pipeline.lock import StorageLock
 from pipeline.stages import PTH, RESULTS, SAFETENSORS
 from tests.domains import let_arrive
-from tests.integration.cloud import Cloud, artifact_of, running_cloud
+from tests.integration.cloud import SECRET, Cloud, artifact_of, running_cloud
 from tests.shared_data import ROOT, shared
 from tests.unit.model.tiny import TINY
 
@@ -273,6 +273,18 @@ def test_a_retraining_on_the_cluster_with_everything_on_s3(
     with StorageLock(f"{ledger.uri}/retrain.lock", "a test", heartbeat_s=0.2):
         assert "leaving it to another run" in retrain_here(cloud, capsys)
     assert "0 new images: nothing to do" in retrain_here(cloud, capsys)
+
+
+def test_the_planted_secret_is_in_no_byte_of_what_was_left(cloud: Cloud) -> None:
+    """Storage, MLflow's database and artifacts, and what the jobs said: both commands had it in tracking.uri."""
+    assert SECRET in cloud.signed
+    kept = {info.uri: storage.read_bytes(info.uri) for info in storage.list_files(cloud.base)}
+    assert any("/mlflow/" in uri for uri in kept)
+    assert any(uri.endswith("/artifact.json") for uri in kept)
+    kept |= {str(path): path.read_bytes() for path in cloud.cluster.folder.glob("mlflow.*")}
+    kept |= {f"output {number}": text.encode() for number, text in enumerate(cloud.said)}
+    assert len(cloud.said) >= 4
+    assert [name for name, content in kept.items() if SECRET.encode() in content] == []
 
 
 def retrain_here(cloud: Cloud, capsys: pytest.CaptureFixture[str]) -> str:

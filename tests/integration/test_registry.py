@@ -1,13 +1,14 @@
 """Registration and the gate on a real MLflow store (SQLite): who becomes champion, and why."""
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import mlflow
 import numpy as np
@@ -19,7 +20,7 @@ from rich.console import Console
 from model import build, load
 from model.inference import upscale
 from model.weights import save_pth
-from pipeline import lineage, pretrain, promotion, registry, report
+from pipeline import dry_run, lineage, pretrain, promotion, registry, report
 from pipeline.artifact import Artifact
 from pipeline.cli import main
 from pipeline.config import EvaluateConfig, Recipe, load_recipe
@@ -275,9 +276,9 @@ def test_both_are_judged_again_where_the_set_has_grown(store: Registry, ray_loca
     assert condition.figures.mine < 30
 
 
-@pytest.mark.parametrize("command", [pretrain.run, pretrain.dry_run])
+@pytest.mark.parametrize("command", [pretrain, dry_run])
 def test_an_alias_is_resolved_once_before_anything_reads_it(
-    store: Registry, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
+    store: Registry, monkeypatch: pytest.MonkeyPatch, command: ModuleType
 ) -> None:
     """Else another champion's weights could be fine-tuned than the fingerprint and the lineage tell."""
     store.promote("first", result(31.0))
@@ -289,9 +290,9 @@ def test_an_alias_is_resolved_once_before_anything_reads_it(
         prepared.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "prepare", prepare)
+    monkeypatch.setattr(command, "prepare", prepare)
     with pytest.raises(KeyboardInterrupt):
-        command(recipe, pretrain.Choice(), Console())
+        command.run(recipe, pretrain.Choice(), Console())
     store.promote("second", result(32.0))
     artifact = Artifact(stage="pretrain-x2", uri="", fingerprint="", digest="")
     tags = lineage.tags(prepared[0], "pretrain-x2", {"pretrain-x2": artifact})
@@ -328,14 +329,21 @@ def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
     store.client.create_registered_model("empty")
     for uri, words in {
         "models:/other@champion": "no registered model 'other'; registered are: empty, m-x2",
-        "models:/m-x2@champion": "no version called champion: promote one",
-        "models:/m-x2/9": "has no version 9, its newest is 1",
+        "models:/m-x2@champion": r"no version called champion: promote one, .*; it has candidate \(version 1\)",
+        "models:/m-x2@candidat": r"called candidat: did you mean candidate\?; it has candidate \(version 1\)",
+        "models:/m-x22@champion": r"no registered model 'm-x22'; registered are: empty, m-x2: did you mean m-x2\?",
+        "models:/m-x2/9": "has no version 9, its newest is 1; there are 1",
         "models:/empty/1": "empty has no version 1, nor any other: register one",
         "models:/empty@candidate": "empty has no version called candidate: register one, or name a version by number",
         "models:/m-x2": "not of the form",
     }.items():
         with pytest.raises(ValueError, match=words):
             registry.resolve(store.client, uri)
+        with pytest.raises(ValueError, match=words.replace("not of the form", "is no registered model")):
+            registry.fetch_model(store.client, uri, store.weights.parent)
+    shutil.rmtree(store.weights.parent / "artifacts")
+    with pytest.raises(ValueError, match=r"^models:/m-x2/1 cannot be had: [^\n]*$"):
+        registry.fetch_model(store.client, "models:/m-x2/1", store.weights.parent)
     with pytest.raises(ValueError, match="carries no lineage"):
         registry.fetch(registry.resolve(store.client, "models:/m-x2/1"), "lineage.json", store.weights.parent)
     with pytest.raises(ValueError, match="no previous champion to go back to"):

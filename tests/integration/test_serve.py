@@ -1,10 +1,15 @@
 """A registered version where Hatchery is not installed (`mlflow models serve`, pyfunc), and the registry's commands."""
 
+import base64
+import io
 import json
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,16 +58,94 @@ def clean_env(folder: Path, uri: str) -> dict[str, str]:
     return cluster_env(folder) | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_REGISTRY_URI": uri}
 
 
-def test_a_served_model_sends_images_back_upscaled(store: Registry, tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "serve.log"
+@pytest.fixture(scope="module")
+def served(store: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real `mlflow models serve` of the champion."""
+    folder = tmp_path_factory.mktemp("served")
+    port, log = free_port(), folder / "serve.log"
     command = [str(BIN / "mlflow"), "models", "serve", "-m", "models:/m-x2@champion", "--env-manager", "local"]
-    with running([*command, "--port", str(port)], clean_env(tmp_path, store.uri), log) as process:
+    with running([*command, "--port", str(port)], clean_env(folder, store.uri), log) as process:
         wait_for(f"http://127.0.0.1:{port}/ping", process, log)
-        body = json.dumps({"inputs": low_res()[None].tolist()}).encode()
-        url, headers = f"http://127.0.0.1:{port}/invocations", {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
-            sent_back = np.array(json.load(answer)["predictions"], np.uint8)
-    assert np.array_equal(sent_back[0], upscale(load(store.weights), low_res()))
+        yield f"http://127.0.0.1:{port}/invocations"
+
+
+def post(url: str, body: object) -> tuple[int, Any]:
+    """The status and the JSON of an answer."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def base64_png(image: np.ndarray) -> str:
+    return base64.b64encode(encoded_png(image)).decode()
+
+
+def encoded_png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("key", ["inputs", "instances"])
+def test_a_served_model_sends_arrays_back_upscaled(key: str, served: str, store: Registry) -> None:
+    image = low_res()
+    expected = upscale(load(store.weights), image)
+    gray = image[..., 0]
+    for sent, wanted, error in (
+        (image[None], expected[None], 0.0),
+        (image, expected, 0.0),
+        (gray, upscale(load(store.weights), gray), 0.0),
+        (image / 255, expected / 255, 0.51 / 255),  # what was expected is rounded to 8 bits
+        (image[None] * 1.0, expected[None], 0.51),
+    ):
+        status, answer = post(served, {key: sent.tolist()})
+        assert status == 200
+        got = np.array(answer["predictions"])
+        assert got.shape == wanted.shape
+        assert np.abs(got - wanted).max() <= error
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda texts: {"inputs": texts},
+        lambda texts: {"instances": texts},
+        lambda texts: {"instances": [{"b64": text} for text in texts]},
+        lambda texts: {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}},
+        lambda texts: {"dataframe_records": [{"image": text} for text in texts]},
+    ],
+)
+def test_a_served_model_sends_files_back_upscaled(wrap: Any, served: str, store: Registry) -> None:
+    images = [low_res(), low_res()[:24, :31, :1].repeat(3, 2)]
+    status, answer = post(served, wrap([base64_png(image) for image in images]))
+    assert status == 200
+    for text, image in zip(answer["predictions"], images, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(text))) as got:
+            assert np.array_equal(np.asarray(got), upscale(load(store.weights), image))
+    status, answer = post(served, {"inputs": base64_png(images[0])})
+    assert (status, type(answer["predictions"])) == (200, str)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"inputs": np.zeros((3, 40, 56), int).tolist()}, "put the channels last"),
+        ({"inputs": np.full((40, 56), 4095).tolist()}, "16 bits come as uint16 or PNG"),
+        ({"inputs": np.full((40, 56, 3), 1.5).tolist()}, "clip them to 0..1 or to 0..255"),
+        ({"instances": ["nothing"]}, "image 1 is no PNG or JPEG file in base64"),
+        ({"dataframe_split": {"columns": ["a", "b"], "data": [[1, 2]]}}, "a table must have one column"),
+    ],
+)
+def test_a_served_model_refuses_in_one_line(body: object, words: str, served: str) -> None:
+    status, answer = post(served, body)
+    assert status == 400
+    assert words in answer["message"]
+    assert len(answer["message"]) < 320
+    assert "stack_trace" not in answer
+    assert len(json.dumps(answer)) < 480, "no pixels anywhere"
 
 
 def test_a_clean_process_loads_the_champion(store: Registry, tmp_path: Path) -> None:

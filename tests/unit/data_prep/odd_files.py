@@ -56,7 +56,7 @@ def bad_files():
         "cut tail.JPEG": (whole[: len(whole) * 2 // 3], "damaged or cut off"),
         "cut tail, closed.JPEG": (whole[: len(whole) * 2 // 3] + b"\xff\xd9", "damaged or cut off"),
         "zeros at the end.JPEG": (whole[: len(whole) * 2 // 3] + bytes(len(whole) // 3), "damaged or cut off"),
-        "cut progressive.JPEG": (encoded(photograph(), progressive=True)[:-400], "truncated"),
+        "cut progressive.JPEG": (encoded(photograph(), progressive=True)[:-400], "damaged or cut off"),
         "cut progressive, closed.JPEG": (progressive[: len(progressive) * 2 // 3] + b"\xff\xd9", "damaged or cut off"),
         "short progressive, closed.JPEG": (progressive[:-40] + b"\xff\xd9", "damaged or cut off"),
         "zeros in a progressive.JPEG": (zeros_before_the_end(progressive), "damaged or cut off"),

@@ -37,7 +37,7 @@ def root(request, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        ("s3://bucket//a///b/", "s3://bucket/a/b"),
+        ("s3://bucket//a///b/", "s3://bucket//a///b"),
         ("s3://bucket", "s3://bucket"),
         ("file:///data/a%20b/", "/data/a b"),
         ("/data//x/../y/", "/data/y"),

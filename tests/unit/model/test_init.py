@@ -55,18 +55,22 @@ def test_bicubic_start_of_hmanet(scale: int) -> None:
     assert interior_error(network, expected, low_res_chw, rim=2) <= 1e-4
 
 
-def test_bicubic_start_of_scale_1_is_the_identity() -> None:
-    network = tiny(1)
+@pytest.mark.parametrize("head", ["reconstruction", "residual"])
+@pytest.mark.parametrize("embed_dim", [3, 12])
+def test_bicubic_start_of_scale_1_is_the_identity(embed_dim: int, head: str) -> None:
+    network = tiny(1, embed_dim=embed_dim, num_heads=(3,), squeeze_factor=3, restoration_head=head)
     bicubic_start(network)
     low_res_chw = np.random.default_rng(0).random((3, 16, 24))
     assert interior_error(network, low_res_chw, low_res_chw, rim=1) <= 1e-4
 
 
-def test_bicubic_start_can_learn() -> None:
+@pytest.mark.parametrize("scale", [1, 2])
+def test_bicubic_start_can_learn(scale: int) -> None:
     """Gradient reaches the tail and the layer after the body at once, and the body after one step of that."""
-    network = tiny(2, squeeze_factor=1)  # a narrower channel gate may be dead: it ends in a ReLU
+    # a narrower channel gate may be dead: it ends in a ReLU
+    network = tiny(scale, squeeze_factor=1)
     bicubic_start(network)
-    x, target = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 16, 16)
+    x, target = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8 * scale, 8 * scale)
     (network(x) - target).square().mean().backward()
     assert network.conv_after_body.weight.grad is not None
     with torch.no_grad():
@@ -203,19 +207,42 @@ def test_bicubic_tail_keeps_the_body_and_resets_the_tail() -> None:
 
 
 @pytest.mark.parametrize("tail", ["resample", "bicubic", "fresh"])
-def test_transfer_between_scale_1_and_others_leaves_what_does_not_exist(tail: str) -> None:
-    network = tiny(1)
-    report = transfer(tiny(2, seed=1).state_dict(), network, tail=tail)
-    assert report["conv_last.weight"].startswith("fresh")
+def test_transfer_to_and_from_a_residual_head_leaves_what_does_not_exist(tail: str) -> None:
+    network = tiny(1, embed_dim=64, restoration_head="residual")  # so wide that conv_last has the others' shape
+    report = transfer(tiny(2, seed=1, embed_dim=64).state_dict(), network, tail=tail)
+    assert report["conv_last.weight"] == "fresh: of a reconstruction head in the source"
     assert report["conv_first.weight"] == "copied"
     assert not any(key.startswith("upsample") for key in report)
-    up = transfer(network.state_dict(), tiny(2), tail=tail)
+    for scale in (1, 2):
+        up = transfer(network.state_dict(), tiny(scale, embed_dim=64), tail=tail)
+        wanted = "bicubic" if tail == "bicubic" else "fresh: of a residual head in the source"
+        assert up["conv_last.weight"] == wanted
     assert up["upsample.0.weight"] == ("bicubic" if tail == "bicubic" else "fresh: not in the source")
 
 
-def test_transfer_refuses_what_cannot_be_meant() -> None:
-    source = tiny(2).state_dict()
-    with pytest.raises(ValueError, match="tail='linear' is unknown"):
-        transfer(source, tiny(3), tail="linear")
-    with pytest.raises(ValueError, match="no tensor of the source fits hat x3"):
-        transfer({"other": torch.zeros(3)}, tiny(3))
+@pytest.mark.parametrize("old", [2, 3, 4, 8])
+def test_scale_1_gives_the_image_of_a_larger_scale_at_its_pixels(old: int) -> None:
+    network = tiny(1, seed=1)
+    report = transfer(_bicubic(old).state_dict(), network)
+    assert report["conv_last.bias"] == f"resampled: the image from x{old} sub-pixels to x1"
+    with Image.open(shared("data/benchmark/Set5/HR/butterfly.png")) as file:
+        image = np.asarray(file.convert("RGB"))[:96, :96]
+    assert psnr_y(upscale(network, image), image, 4) >= 32
+
+
+@pytest.mark.parametrize("new", [2, 4])
+def test_scale_1_grows_by_interpolation(new: int) -> None:
+    network = tiny(new, seed=1)
+    report = transfer(_bicubic(1).state_dict(), network)
+    assert report["conv_last.weight"] == "copied"
+    assert report["upsample.0.weight"] == "interpolating: 3x3 taps of x2 on each feature"
+    assert _psnr_of(network) >= _psnr_of(_bicubic(new)) - 1
+
+
+def test_a_source_without_indices_is_completed_and_one_with_others_refused() -> None:
+    source = tiny(2, seed=1).state_dict()
+    index = "relative_position_index_SA"
+    report = transfer({key: value for key, value in source.items() if key != index}, tiny(3))
+    assert report[index] == "computed"
+    with pytest.raises(ValueError, match=f"{index} of the source has other values than hat computes"):
+        transfer({**source, index: source[index] + 1}, tiny(3))

@@ -160,6 +160,18 @@ def test_tiff_of_separate_planes_and_inverted_gray(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(tmp_path / "b.tif").pixels[..., 0], 65535 - levels[..., 0])
 
 
+def test_tiff_of_16_bits_with_colours_multiplied_by_alpha(tmp_path: Path) -> None:
+    levels = pixels(4, np.uint16)
+    levels[0, 0, 3], levels[..., 3] = 0, np.where(levels[..., 3] < 30_000, 0, levels[..., 3])
+    multiplied = levels.copy()
+    multiplied[..., :3] = (levels[..., :3] * (levels[..., 3:] / 65535)).round()
+    tifffile.imwrite(tmp_path / "a.tif", multiplied, photometric="rgb", extrasamples=["assocalpha"])
+    read = read_picture(tmp_path / "a.tif").pixels
+    assert np.array_equal(read[..., 3], levels[..., 3])
+    seen = levels[..., 3] > 0
+    assert np.abs(read[seen].astype(int) - levels[seen]).max() <= 2
+
+
 def test_compressed_tiff(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", pixels(3, np.uint16), photometric="rgb", compression="lzw", predictor=True)
     assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels(3, np.uint16))
@@ -173,8 +185,6 @@ def broken(name: str, folder: Path) -> Path:
         tifffile.imwrite(path, pixels(1)[..., 0].astype(np.uint32))
     elif name == "cmyk.tif":
         tifffile.imwrite(path, pixels(4, np.uint16), photometric="separated")
-    elif name == "pages.tif":
-        tifffile.imwrite(path, np.stack([pixels(3, np.uint16)] * 2), photometric="rgb")
     elif name == "moving.gif":
         frames = [Image.fromarray(pixels(3)), Image.fromarray(255 - pixels(3))]
         frames[0].save(path, save_all=True, append_images=frames[1:])
@@ -186,6 +196,8 @@ def broken(name: str, folder: Path) -> Path:
         levels = pixels(3, np.uint16 if "deep" in name else np.uint8)
         write_picture(path, Picture(levels))
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    elif name == "postscript.jpg":
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\nshowpage\n%%EOF\n")
     elif name != "missing.png":
         path.write_bytes(b"" if name == "empty.png" else b"no image")
     return path
@@ -204,10 +216,10 @@ def broken(name: str, folder: Path) -> Path:
         ("float.tif", "float32; convert it to 8 or 16 bits"),
         ("wide.tif", "uint32; convert it to 8 or 16 bits"),
         ("cmyk.tif", "gray or RGB only; convert it to RGB"),
-        ("float.pfm", "float pixels have no fixed range"),
+        ("float.pfm", "it is no image, or of a kind that is not known here"),
         ("wide.pgm", "cannot be read"),
-        ("pages.tif", "holds several pictures, not one"),
-        ("moving.gif", "holds several pictures, not one"),
+        ("moving.gif", "of a kind that is not known here"),
+        ("postscript.jpg", "of a kind that is not known here"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(name: str, message: str, tmp_path: Path) -> None:
@@ -215,6 +227,31 @@ def test_files_that_cannot_be_read_are_named(name: str, message: str, tmp_path: 
     with pytest.raises(ValueError, match=message) as raised:
         read_picture(path)
     assert str(raised.value).startswith(f"{path} cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["moving.png", "moving.webp", "pages.tif", "deep-pages.tif"])
+def test_of_several_pictures_the_first_is_taken_and_they_are_counted(name: str, tmp_path: Path) -> None:
+    first = pixels(3, np.uint16 if "deep" in name else np.uint8)
+    if name.endswith("tif"):
+        tifffile.imwrite(tmp_path / name, np.stack([first, first // 2, first // 3]), photometric="rgb")
+    else:
+        frames = [Image.fromarray(first // part) for part in (1, 2, 3)]
+        lossless = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **lossless)
+    picture = read_picture(tmp_path / name)
+    assert picture.num_pictures == 3
+    assert np.array_equal(picture.pixels[..., :3], first)
+
+
+def test_the_bytes_can_be_looked_at_first(tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png", Picture(pixels(3)))
+
+    def refuse(data: bytes) -> bytes:
+        raise ValueError("it is not liked")
+
+    with pytest.raises(ValueError, match=r"a.png cannot be read: it is not liked"):
+        read_picture(tmp_path / "a.png", refuse)
+    assert np.array_equal(read_picture(tmp_path / "a.png", lambda data: data).pixels, pixels(3))
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import re
+import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from model import load
+from model import load, weights
+from model.blocks import UpscalingNetwork
 from model.weights import (
     content_sha256,
     load_parameters,
@@ -24,7 +27,11 @@ from model.weights import (
     save_pth,
     save_safetensors,
 )
-from tests.unit.model.tiny import TINY, tiny, tiny_hmanet
+from tests.unit.model.tiny import TINY, tiny, tiny_hmanet, tiny_unet
+
+
+def save_state(path: Path, network: UpscalingNetwork) -> None:
+    save_pth(path, network.state_dict())
 
 
 class Malicious:
@@ -90,6 +97,29 @@ def test_code_beside_the_weights_is_refused_too(zipped: bool, tmp_path: Path, mo
     assert not Path("executed").exists()
 
 
+def test_what_a_file_needs_beside_tensors_is_named_in_one_line(tmp_path: Path) -> None:
+    torch.save({"state_dict": tiny().state_dict(), "hyper_parameters": Namespace(lr=0.1)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"\(it needs argparse\.Namespace\); not loaded, since that could run") as said:
+        read_weights(tmp_path / "a.ckpt")
+    assert "\n" not in str(said.value)
+
+
+def test_scripted_and_unknown_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "a.pt")  # type: ignore[no-untyped-call]
+    (tmp_path / "b.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name in ("a.pt", "b.pt"):
+        with pytest.raises(ValueError, match=f"{name} is ") as said:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(said.value)
+
+
+def test_quantized_weights_are_refused() -> None:
+    state = dict(tiny().state_dict())
+    state["conv_first.weight"] = (state["conv_first.weight"] * 100).to(torch.int8)
+    with pytest.raises(ValueError, match=r"of whole numbers: conv_first\.weight torch\.int8"):
+        load(state)
+
+
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not weights", None])
 def test_missing_and_damaged_files(name: str, content: bytes | None, tmp_path: Path) -> None:
@@ -131,14 +161,16 @@ def test_every_size_is_recognised(scale: int) -> None:
         "mlp_ratio": 1.5,
     }
     network = tiny(scale, **sizes)
-    assert recognise(network.state_dict()) == {"arch": "hat", "scale": scale, **sizes}
+    head = {"restoration_head": "reconstruction"} if scale == 1 else {}
+    assert recognise(network.state_dict()) == {"arch": "hat", "scale": scale, **sizes, **head}
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
 def test_every_size_of_hmanet_is_recognised(scale: int) -> None:
     sizes = {"embed_dim": 48, "depths": [1, 3], "num_heads": [2, 6], "window_size": 4, "mlp_ratio": 1.5}
     network = tiny_hmanet(scale, **sizes)
-    assert recognise(network.state_dict()) == {"arch": "hmanet", "scale": scale, **sizes}
+    head = {"restoration_head": "reconstruction"} if scale == 1 else {}
+    assert recognise(network.state_dict()) == {"arch": "hmanet", "scale": scale, **sizes, **head}
 
 
 def test_load_takes_hmanets_interval() -> None:
@@ -179,7 +211,7 @@ def test_mismatch_names_the_first_keys() -> None:
 
 
 def test_many_mismatches_are_counted() -> None:
-    with pytest.raises(ValueError, match=r"missing: relative_position_index_SA, .* and \d\d more"):
+    with pytest.raises(ValueError, match=r"missing: conv_first.weight, .* and \d\d more"):
         load_strictly(tiny(), {"norm.weight": torch.ones(12)})
 
 
@@ -188,6 +220,69 @@ def test_other_position_indices_are_refused() -> None:
     state["relative_position_index_OCA"] = state["relative_position_index_OCA"] + 1
     with pytest.raises(ValueError, match="of another value: relative_position_index_OCA"):
         load(state)
+
+
+def test_another_mean_is_refused() -> None:
+    with pytest.raises(ValueError, match="of another value: mean"):
+        load({**tiny().state_dict(), "mean": torch.zeros(1, 3, 1, 1)})
+
+
+def test_gray_networks_are_refused() -> None:
+    state = dict(tiny().state_dict())
+    state["conv_first.weight"] = state["conv_first.weight"][:, :1]
+    with pytest.raises(ValueError, match=r"conv_first\.weight takes images of 1 channels: networks here take RGB"):
+        load(state)
+
+
+@pytest.mark.parametrize("head", ["reconstruction", "residual"])
+@pytest.mark.parametrize("make", [tiny, tiny_hmanet, tiny_unet])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_both_heads_of_scale_1_are_told_by_the_weights(suffix: str, make: Any, head: str, tmp_path: Path) -> None:
+    network = make(1, restoration_head=head)
+    (save_network if suffix == ".safetensors" else save_state)(tmp_path / f"a{suffix}", network)
+    again = load(tmp_path / f"a{suffix}", **({"interval_size": 2} if make is tiny_hmanet else {}))
+    assert again.config == network.config | ({} if suffix == ".safetensors" else {"drop_path_rate": 0.1})
+    assert again.is_residual == (head == "residual")
+    x = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(again(x), network(x))
+
+
+def test_residual_weights_of_before_load_whatever_their_header_lacks(tmp_path: Path) -> None:
+    """Files written when scale 1 knew no other head: their config has no word for it."""
+    network = tiny(1, restoration_head="residual")
+    config = {key: value for key, value in network.config.items() if key != "restoration_head"}
+    save_safetensors(tmp_path / "a.safetensors", network.state_dict(), {"config": json.dumps(config)})
+    assert load(tmp_path / "a.safetensors").is_residual
+    with pytest.raises(ValueError, match="restoration_head='other': choose one of"):
+        tiny(1, restoration_head="other")
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (lambda: tiny(conv_scale=0.5), "conv_scale=0.5 (published: 0.01)"),
+        (lambda: tiny(img_range=255.0, conv_scale=0.02), "conv_scale=0.02 (published: 0.01), img_range=255"),
+        (lambda: tiny_hmanet(interval_size=2), "interval_size=2 (published: 4)"),
+        (lambda: tiny_unet(img_range=2), "img_range=2 (published: 1)"),
+    ],
+)
+def test_a_pth_warns_of_what_it_cannot_tell_once(network: Any, said: str, tmp_path: Path) -> None:
+    weights._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        save_network(tmp_path / "a.pth", network())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_network(tmp_path / "a.pth", network())
+
+
+def test_published_arguments_and_safetensors_warn_of_nothing(tmp_path: Path) -> None:
+    weights._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_network(tmp_path / "a.pth", tiny())
+        save_network(tmp_path / "a.pth", tiny_hmanet(interval_size=4))
+        save_network(tmp_path / "a.safetensors", tiny(conv_scale=0.5))
 
 
 def test_trained_weights_may_lack_buffers_but_no_parameter() -> None:

@@ -98,6 +98,19 @@ def test_every_line_of_the_rule_must_hold(on_new: float, on_set5: float, promote
     assert [condition.figures.set for condition in verdict.conditions] == ["new", "Set5"]
 
 
+@pytest.mark.parametrize("decide_by", ["interval", "mean"])
+def test_a_loss_that_the_rule_allows_is_not_called_better(decide_by: str) -> None:
+    rule = GateConfig(better={"new": -0.5, "Set5": -0.5}, decide_by=decide_by)
+    lost = decide(candidate(0.2, -0.3), RIVAL, "champion", rule)
+    assert lost.promoted is (decide_by == "mean")  # the interval's lower end is -0.9
+    lost = decide(candidate(0.2, -0.1), RIVAL, "champion", rule)
+    assert lost.reason.startswith("no worse than allowed against champion: psnr_y on new")
+    assert "required: no worse than allowed, more than -0.5" in lost.reason
+    assert decide(candidate(0.2, 0.1), RIVAL, "champion", rule).reason.startswith("better than champion")
+    refused = decide(candidate(0.2, -1.0), RIVAL, "champion", rule)
+    assert refused.reason.startswith("not promoted over champion: psnr_y on Set5")
+
+
 def test_the_rule_may_ask_for_means_only() -> None:
     by_mean = RULE.model_copy(update={"decide_by": "mean"})
     assert decide(candidate(0.2, -0.02), RIVAL, "champion", by_mean).promoted

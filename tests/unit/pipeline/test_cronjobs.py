@@ -234,3 +234,16 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         main(["schedule", "render", "/absent.yaml"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["cronjob", "raycronjob", "cron"])
+def test_no_login_is_rendered_and_how_to_hand_it_on_is_said(kind: cronjobs.Kind) -> None:
+    overrides = ["tracking.uri=https://me:hunter2@mlflow/x", "schedule.ray_address=http://me:hunter2@head:8265"]
+    made = cronjobs.render(example(*overrides), kind, EXAMPLE, overrides)
+    assert "hunter2" not in made
+    assert "tracking.uri=https://mlflow/x" in made
+    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in made.splitlines()[1]
+    if kind == "cron":
+        assert "--address http://head:8265 " in made
+    else:
+        assert "MLFLOW_TRACKING_USERNAME" not in cronjobs.render(example(), kind, EXAMPLE)

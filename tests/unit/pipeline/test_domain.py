@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from data_prep.sources import list_items
+from data_prep.sources import NoImagesError, list_items
 from model import build
 from pipeline import registry, retrain
 from pipeline.config import DataConfig, ModelConfig, Recipe
 from pipeline.costs import measure_costs
 from pipeline.domain import load_domain
+from pipeline.held_out import patterns_of_judging
 from pipeline.ledger import Ledger, NewImage, Round, with_roles
 from pipeline.settings import ConfigError
 from pipeline.worker import pair_settings
@@ -109,6 +111,22 @@ def test_the_ledger_knows_content_not_names(tmp_path: Path) -> None:
     assert ledger.outcome(1) is None
     ledger.close(1, {"promoted": True})
     assert ledger.outcome(1) == {"promoted": True}
+
+
+def test_a_name_that_is_no_utf8_arrives_is_copied_and_left_out_of_the_replay(tmp_path: Path) -> None:
+    incoming, ledger = tmp_path / "incoming", Ledger(str(tmp_path / "runs"), "text")
+    let_arrive("text", incoming, range(2))
+    (incoming / "text-00000.png").rename(incoming / os.fsdecode(b"caf\xe9.png"))
+    (incoming / "text-00001.png").rename(incoming / ("x" * 251 + ".png"))
+    chosen = open_round(ledger, incoming, 1)
+    assert ledger.rounds()[0].images == tuple(chosen)
+    assert sorted(path.stem for path in Path(ledger.uri).rglob("*.png")) == sorted(image.sha256 for image in chosen)
+    items = list_items(str(incoming))
+    globs = patterns_of_judging(str(incoming), (), (), items)
+    assert sorted(globs)[0] == "/caf?.png"
+    assert DataConfig(source=str(incoming), exclude=globs).exclude == globs
+    with pytest.raises(NoImagesError):
+        list_items(str(incoming), exclude=globs)
 
 
 def test_copies_of_a_round_that_never_opened_are_swept(tmp_path: Path) -> None:

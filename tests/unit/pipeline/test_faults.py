@@ -1,6 +1,7 @@
 """What users get wrong, in one line each, outside of recipes' own checks."""
 
 import io
+import os
 import re
 import threading
 import time
@@ -13,13 +14,17 @@ from mlflow import MlflowClient
 from PIL import Image
 from rich.console import Console
 
+from data_prep import image
 from data_prep.image import decode
+from data_prep.sources import fingerprint, list_items
 from pipeline import artifact, cluster, pretrain, stages
-from pipeline.benchmark import read_pair, read_set, upscale_bicubic
+from pipeline.benchmark import read_pair, read_set, set_fingerprint, set_name, upscale_bicubic
 from pipeline.cli import main
 from pipeline.config import ComputeConfig, load_recipe
 from pipeline.domain import load_domain
+from pipeline.evaluate import ImageResult
 from pipeline.lock import LockedError
+from pipeline.pictures import file_name
 from pipeline.plan import Kind, Stage
 from pipeline.progress import Display
 from pipeline.rule import GateConfig
@@ -104,14 +109,14 @@ def test_a_low_resolution_image_of_another_size(tmp_path: Path) -> None:
 
 def test_an_image_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: cannot identify .* replace it"):
+    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: it is none of PNG, JPEG, .* replace it"):
         read_pair(read_set(str(tmp_path), 2)[0], 2)
 
 
 def test_an_image_too_large_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_image(tmp_path / "a.png", 16, 20)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"a\.png cannot be decoded: Image size \(320 pixels\) .* replace it"):
+    monkeypatch.setattr(image, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"a\.png has more pixels than max_pixels=100: cut it .* replace it"):
         read_pair(read_set(str(tmp_path), 2)[0], 2)
 
 
@@ -293,3 +298,60 @@ def test_help_names_a_file_to_begin_with(
         assert set(load_settings(GateConfig, ROOT / example, []).model_dump()) <= set(re.findall(r"\w+", told))
     else:
         load_domain(str(ROOT / example))
+
+
+def selfexsr(folder: Path, name: str = "img_001", scales: tuple[int, ...] = (2, 3)) -> None:
+    for scale in scales:
+        for kind, side in (("HR", 24), ("LR", 24 // scale), ("bicubic", 24), ("A+", 24)):
+            save_image(folder / f"image_SRF_{scale}" / f"{name}_SRF_{scale}_{kind}.png", side, side)
+
+
+def test_selfexsrs_sets_are_paired_by_their_names(tmp_path: Path) -> None:
+    selfexsr(tmp_path / "Set5", "img_001")
+    selfexsr(tmp_path / "Set5", "img_002")
+    for below in ("", "/image_SRF_2"):
+        found = read_set(f"{tmp_path}/Set5{below}", 2)
+        assert [image.name for image in found] == ["img_001", "img_002"]
+        assert all("_SRF_2_HR" in image.high_res.path for image in found)
+        assert all(image.low_res and "_SRF_2_LR" in image.low_res.path for image in found)
+        assert {read_pair(image, 2).low_res.shape for image in found} == {(12, 12, 3)}
+    assert set_name(f"{tmp_path}/Set5/image_SRF_2") == set_name(f"{tmp_path}/Set5") == "Set5"
+    with pytest.raises(ValueError, match=r"has images for x2, x3, none for x4: add image_SRF_4/ or choose a scale"):
+        read_set(f"{tmp_path}/Set5", 4)
+    (tmp_path / "Set5/image_SRF_2/img_002_SRF_2_LR.png").unlink()
+    with pytest.raises(ValueError, match="image_SRF_2 lacks the low-resolution images of img_002"):
+        read_set(f"{tmp_path}/Set5", 2)
+
+
+def test_a_set_whose_files_are_paired_otherwise_is_judged_anew(tmp_path: Path) -> None:
+    """By their names alone, its figures of before would still count."""
+    selfexsr(tmp_path / "ours")
+    save_image(tmp_path / "plain" / "a.png", 8, 8)
+    assert set_fingerprint(list_items(str(tmp_path / "plain"))) == fingerprint(list_items(str(tmp_path / "plain")))
+    assert set_fingerprint(list_items(str(tmp_path / "ours"))) != fingerprint(list_items(str(tmp_path / "ours")))
+
+
+def test_names_that_are_no_utf8_are_judged_and_shown(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"caf\xe8", "line\u2028sep".encode()):
+        save_image(tmp_path / os.fsdecode(name + b".png"), 8, 8)
+    found = read_set(str(tmp_path), 2)
+    assert sorted(image.name for image in found) == ["caf\\xe8", "caf\\xe9", "line\\u2028sep"]
+    assert ImageResult.model_fields["image"].annotation is str
+    assert file_name(found[0].name, ".png").isprintable()
+
+
+def test_a_pictures_name_is_one_that_file_systems_take() -> None:
+    long = file_name("写" * 300, ".png")
+    assert len(long.encode()) < 255
+    assert long != file_name("写" * 301, ".png")
+    assert file_name("a/b\\c", ".png") == "a_b_c.png"
+
+
+def test_a_damaged_jpeg_judges_nothing(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.jpg", 64, 64)
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:-60] + b"\xff\xd9")
+    with pytest.raises(
+        ValueError, match=r"a\.jpg cannot be decoded: the compressed data is damaged or cut off: replace"
+    ):
+        read_pair(read_set(str(tmp_path), 2)[0], 2)

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline import plan
 from pipeline.artifact import Artifact
-from pipeline.config import Recipe, load_recipe
+from pipeline.config import Recipe, digest_of, load_recipe
 from pipeline.plan import Outside, Stage
 
 
@@ -42,6 +42,23 @@ def test_the_cascade_is_the_recipes_graph() -> None:
     by_name = {stage.name: stage for stage in stages()}
     assert by_name["finetune-x2"].inputs == ("shard-sharp", "pretrain-x2-again")
     assert by_name["evaluate"].inputs == ("finetune-x2", "finetune-x3", "finetune-x4")
+
+
+def test_scale_1_names_its_head_unless_it_is_the_one_that_all_had_once() -> None:
+    """Artifacts from before the choice still count: networks with upscaling, U-shaped and explicitly residual ones."""
+
+    def heads(name: str, *overrides: str) -> list[object]:
+        recipe = load_recipe(name, list(overrides))
+        found = plan.stages_of(recipe, outside(recipe))
+        return [stage.config.get("restoration_head") for stage in found if stage.kind in ("train", "cascade")]
+
+    assert heads("demo_denoise") == ["reconstruction"]
+    assert heads("demo_denoise", "model.options.restoration_head=residual") == [None]
+    assert heads("denoise_unet") == [None, None]
+    assert set(heads("demo")) == {None}
+    cascade = ["trainings.pretrain-x2.scale=1", "trainings.pretrain-x2.init_weights=HAT.pth"]
+    denoise = "phases.pretrain.degradation=[{step: noise, sigma: 25}]"
+    assert heads("demo", *cascade, "trainings.pretrain-x2.start=published", denoise)[:2] == ["reconstruction"] * 2
 
 
 def test_every_stage_comes_after_its_inputs() -> None:
@@ -144,3 +161,27 @@ def test_a_plan_knows_what_is_done_and_what_waits(tmp_path: object) -> None:
     assert actions["evaluate"] == "skip"
     lost = plan.make_plan(str(tmp_path), found, set(), lambda stage, held: False)
     assert lost[0].action == "skip"
+
+
+# sha256 over names, kinds, inputs and configs of all stages: what makes finished artifacts count. It may change only
+# with what is trained; a key that leaves it as it was must not enter. Restoration is left out: its networks' heads
+# changed.
+PINNED = {
+    "demo": "b9bd20f6a5daa047",
+    "hat_s": "6ff8a8c6e7b78297",
+    "hat": "6c087bfc3a2b3a62",
+    "hat_l": "61415181f5d0d22c",
+    "hat_l_published": "0b7d51207962f26e",
+    "hmanet": "81bce96089b45288",
+    "real": "58aef0987ca93669",
+    "real_gan": "cc04263cf4f8acb8",
+}
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_finished_artifacts_of_shipped_recipes_still_count(name: str) -> None:
+    recipe = load_recipe(name)
+    backbones = {phase: "v1" for phase, config in recipe.phases.items() if config.perceptual}
+    seen = Outside(dict.fromkeys(recipe.data, "v1"), dict.fromkeys(recipe.evaluate.sets, "v1"), {}, backbones)
+    stages = [[stage.name, stage.kind, stage.inputs, stage.config] for stage in plan.stages_of(recipe, seen)]
+    assert digest_of(stages)[:16] == PINNED[name]

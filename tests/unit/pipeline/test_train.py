@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline import train
+from pipeline.budget import Budget
 from pipeline.config import ComputeConfig, PhaseConfig, ValidationConfig
 
 OK, BAD, STOP, SAVE = "ok", "bad", "stop", "save"
@@ -21,7 +22,8 @@ class Loop:
         compute = ComputeConfig(bad_steps_tolerated=tolerated)
         self.run: Any = SimpleNamespace(
             job=SimpleNamespace(phase=phase, compute=compute, validation=ValidationConfig()),
-            optimizer=SimpleNamespace(applied=True, stop_wanted=False, save_wanted=False),
+            optimizer=SimpleNamespace(applied=True, stop_wanted=False, save_wanted=False, settle_wanted=False),
+            budget=Budget(phase, {}),
             **{"device": "cpu", "rank": 0, "step": 0, "data_offset": 0, "saved": None, "validator": None},
         )
         for name, stand_in in {
