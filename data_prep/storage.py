@@ -70,6 +70,8 @@ UNREADABLE = (DANGLING, ODD_KEY)
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
 _BLOCK_BYTES = 2**20
+# what `os.link` says on exFAT, on most FUSE file systems (gcsfuse) and on some servers' shares
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _REMEDIES = {
     errno.ENOENT: "it does not exist; check the path",
     errno.EACCES: "permission is denied; change the folder's permissions or choose another",
@@ -141,6 +143,10 @@ def put_if_absent(uri: str, data: bytes) -> bool:
                 os.link(file.name, target)  # unlike a rename, it refuses to replace
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                return _create(target, data)
         return True
 
 
@@ -377,6 +383,21 @@ def _replacing(target: Path) -> Iterator[BufferedWriter]:
         yield file
         _flush(file)
         os.replace(file.name, target)
+
+
+def _create(target: Path, data: bytes) -> bool:
+    """Write a new file where there are no hard links, empty for a moment; False where it exists."""
+    try:
+        with open(target, "xb") as file:
+            try:
+                file.write(data)
+                _flush(file)
+            except OSError:
+                target.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        return False
+    return True
 
 
 def _flush(file: BinaryIO) -> None:

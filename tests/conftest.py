@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.photographs import write_photographs
 from tests.s3_server import s3_server
 from tests.shared_data import ROOT
 
@@ -27,6 +28,14 @@ def tracking_uri_of_its_own():
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A folder of forty JPEG files in class folders (see `tests.photographs`)."""
+    folder = tmp_path_factory.mktemp("photographs")
+    write_photographs(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
 from data_prep.sources import Item, key_of, list_items
 from data_prep.storage import StorageError, join
-from tests.shared_data import shared
 
 SETTINGS = PairSettings(scale=2, patch_px=16, num_streams=8, shuffle_block=3, seed=1, cache_decoded_bytes=2**26)
 BATCH = 8
@@ -28,10 +27,11 @@ def shard_here(items, destination, settings):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """22 images of at most 120 kB, five in a shard."""
-    items = [item for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:22]
-    return shard_here(items, str(tmp_path_factory.mktemp("shards")), ShardSettings(samples_per_shard=5))
+def shards(tmp_path_factory, photographs):
+    """22 photographs, five in a shard."""
+    return shard_here(
+        list_items(str(photographs))[:22], str(tmp_path_factory.mktemp("shards")), ShardSettings(samples_per_shard=5)
+    )
 
 
 def take(loader, count):

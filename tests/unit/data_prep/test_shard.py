@@ -21,7 +21,8 @@ from data_prep.shard import ShardSettings, complete_shard, make_shards, plan_sha
 from data_prep.sources import Item, list_items, read_item
 from data_prep.storage import StorageError, join
 from data_prep.tasks import in_order
-from tests.shared_data import ROOT, shared
+from tests.photographs import write_photographs
+from tests.shared_data import ROOT
 from tests.unit.data_prep.odd_files import bad_files, encoded, good_files, photograph
 
 SETTINGS = ShardSettings(samples_per_shard=5, seed=3)
@@ -29,12 +30,9 @@ SETTINGS = ShardSettings(samples_per_shard=5, seed=3)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """18 ImageNet files, in folders."""
+    """18 photographs, in folders."""
     folder = tmp_path_factory.mktemp("source")
-    files = sorted(shared("data/imagenet-sample/train").rglob("*.JPEG"))[:18]
-    for file in files:
-        (folder / file.parent.name).mkdir(exist_ok=True)
-        shutil.copy(file, folder / file.parent.name)
+    write_photographs(folder, 18)
     return str(folder)
 
 

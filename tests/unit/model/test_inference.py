@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from model import load
 from model.blocks import UpscalingNetwork
 from model.inference import upscale, upscale_tensor
 from model.init import bicubic_start
 from model.tiles import Tiler
-from tests.shared_data import ROOT, shared
+from tests.golden_cases import golden_network
+from tests.photographs import shipped
+from tests.shared_data import ROOT
 from tests.unit.model.tiny import tiny, tiny_hmanet
 
 
@@ -230,7 +230,7 @@ def test_fp32_is_no_tf32(allowed: bool, tf32_places: list[Any]) -> None:
 )
 def test_tiles_of_a_photograph_equal_the_whole(case: str, tile: int, overlap: int) -> None:
     """Golden weights are random and answer strongly to what is far away: trained ones need less (README)."""
-    network = load(shared(f"golden/{case}.pth"))
+    network = golden_network(case)
     x = photograph()
     difference = upscale_tensor(network, x, tile=tile, overlap=overlap) - upscale_tensor(network, x)
     assert difference.abs().max() <= 1e-3
@@ -239,7 +239,7 @@ def test_tiles_of_a_photograph_equal_the_whole(case: str, tile: int, overlap: in
 @pytest.mark.parametrize(("case", "tile"), [("hat_x3_w8", 64), ("hat_x2_w16", 96)], ids=["windows of 8", "of 16"])
 def test_tiles_at_the_default_overlap_equal_the_whole_once_trained(case: str, tile: int) -> None:
     """The golden body, as loud beside the image as after a brief training: golden weights alone answer with noise."""
-    network, x = load(shared(f"golden/{case}.pth")), photograph()
+    network, x = golden_network(case), photograph()
     body = network.conv_after_body.weight.detach().clone()
     bicubic_start(network)
     plain = upscale_tensor(network, x)
@@ -258,8 +258,7 @@ def test_the_default_overlap_is_in_windows() -> None:
 
 def photograph() -> torch.Tensor:
     """(1, 3, 160, 208) in 0..1."""
-    with Image.open(shared("data/benchmark/Set5/HR/baby.png")) as file:
-        pixels = np.asarray(file.convert("RGB"))[100:260, 100:308]
+    pixels = shipped("astronaut.png")[100:260, 100:308]
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
 
 
