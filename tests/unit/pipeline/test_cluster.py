@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -55,7 +56,8 @@ with connected(ComputeConfig(), "local", debug=False):
 """
 
 
-def test_workers_of_a_local_cluster_run_at_full_priority() -> None:
+def test_a_local_cluster_starts_below_a_long_temporary_folder_with_workers_at_full_priority(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    env["TMPDIR"] = str(tmp_path / ("x" * 90))  # too long for the sockets of Ray's sessions
     done = subprocess.run([sys.executable, "-c", NICENESS], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "0\n", done.stderr
