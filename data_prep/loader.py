@@ -12,7 +12,9 @@ import functools
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
+import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from data_prep.index import ShardSet
 from data_prep.mix import order_of, read_set
 from data_prep.order import MixedOrder, Position, SampleOrder, crop_position
 from data_prep.pairs import Pair, PairSettings, make_pair
+from data_prep.private_folder import folder_for_sockets
 from data_prep.shard_cache import ShardReader
 from data_prep.storage import DamageError, StorageError
 
@@ -305,6 +308,7 @@ class PairLoader:
         """Worker processes from a fork server: a fork of this process would copy Ray's and gRPC's threads' locks."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
+        _shorten_sockets()
         return DataLoader(
             self._shares,
             batch_size=None,
@@ -314,6 +318,18 @@ class PairLoader:
             worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )
+
+
+def _shorten_sockets() -> None:
+    """Where the temporary folder is too long for the sockets of worker processes, give them another."""
+    folder = folder_for_sockets(len("/pymp-01234567/listener-01234567"), "hatchery-sockets")
+    if folder:
+        usual = tempfile.tempdir
+        try:
+            tempfile.tempdir = folder
+            multiprocessing.util.get_temp_dir()  # makes it, remembers it for this process and its workers, deletes it
+        finally:
+            tempfile.tempdir = usual
 
 
 def _start_worker(environment: dict[str, str], _: int) -> None:

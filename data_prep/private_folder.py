@@ -30,21 +30,30 @@ def private_folder(name: str, parent: str | None = None) -> str:
     return path
 
 
-def folder_for_sockets(below: int, name: str) -> str | None:
-    """A short folder for sockets whose paths reach `below` bytes further; None where the temporary folder is short.
+def folder_for_sockets(below: int, name: str, usual: str | None = None) -> str | None:
+    """A short folder for sockets whose paths reach `below` bytes further; None where the usual one will do.
 
-    Raises ValueError where no folder is short and writable.
+    usual: where they would lie; the temporary folder by default. Raises ValueError where no folder is short and can be
+    written.
     """
-    usual = tempfile.gettempdir()
-    if len(os.fsencode(usual)) + below <= _SOCKET_BYTES:
+    usual = usual or tempfile.gettempdir()
+    if len(os.fsencode(usual)) + below <= _SOCKET_BYTES and _can_be_written(usual):
         return None
     for parent in _SHORT:
-        if len(os.fsencode(parent)) + len(name) + 16 + below <= _SOCKET_BYTES:
-            try:
-                return private_folder(name, parent)
-            except OSError:
-                continue
+        try:
+            folder = private_folder(name, parent)
+        except OSError:
+            continue
+        if len(os.fsencode(folder)) + below <= _SOCKET_BYTES:
+            return folder
     raise ValueError(
-        f"TMPDIR {usual} is too long for sockets, whose paths have {_SOCKET_BYTES} bytes at most, and none of "
-        f"{', '.join(_SHORT)} can be written: set TMPDIR to a folder of at most {_SOCKET_BYTES - below} bytes"
+        f"TMPDIR {usual} is too long for sockets (of {_SOCKET_BYTES} bytes at most) or cannot be written, "
+        f"nor can {', '.join(_SHORT)}: set TMPDIR to a folder of at most {_SOCKET_BYTES - below} bytes"
     )
+
+
+def _can_be_written(folder: str) -> bool:
+    """Whether files can be made in it; one that is not there yet counts, if it can be made."""
+    while not os.path.exists(folder) and folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)

@@ -12,6 +12,7 @@ import ray.exceptions
 from botocore.exceptions import BotoCoreError
 
 from data_prep import s3
+from data_prep.private_folder import folder_for_sockets
 from model import limits
 from pipeline import ray_address
 from pipeline.config import ComputeConfig
@@ -19,6 +20,8 @@ from pipeline.lasting import IN_RAY_JOB
 
 WORKER_BYTES = 400 * 10**6
 """What a process of Ray's takes that has imported torch and works on an image of common size, roughly."""
+
+_LONGEST_SOCKET = "/ray/session_2026-11-30_23-59-59_999999_4194304/sockets/plasma_store.1"  # of Ray 2.60
 
 # Read by Ray when it starts processes; the user's own values win.
 _ENVIRONMENT = {
@@ -59,6 +62,7 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
         # Ray gives its workers niceness 15, at which two of them on two CPUs get a tenth less done
         os.environ.setdefault("RAY_worker_niceness", "0")
         options |= {"address": "local", "include_dashboard": False, "num_cpus": _local_cpus(compute)}
+        options |= {"_temp_dir": _short_folder()}
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
@@ -68,6 +72,12 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
         yield
     finally:
         ray.shutdown()
+
+
+def _short_folder() -> str | None:
+    """Where Ray's sessions lie where its own choice is too long for their sockets; None for its own choice."""
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return folder_for_sockets(len(_LONGEST_SOCKET), "hatchery-ray", usual)
 
 
 def _local_cpus(compute: ComputeConfig) -> int:

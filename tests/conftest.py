@@ -39,6 +39,18 @@ def photographs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def golden_files(tmp_path_factory):
+    """A folder with published weights of HAT and HMANet, tiny, and a file that holds none."""
+    from tests.golden_cases import golden_file
+
+    folder = tmp_path_factory.mktemp("golden")
+    for case in ("hat_x2_w16", "hat_x3_w8", "hmanet_x2_w16"):
+        golden_file(case, folder)
+    (folder / "cases.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory):
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
         yield server

@@ -1,4 +1,4 @@
-"""Crops of the published Set5 files, 144 px a side in high resolution, in `tests/golden/set5` as a set of `HR` and
+"""Crops of the published Set5 files, 144 px a side in high resolution, in `tests/golden/Set5` as a set of `HR` and
 `LR_bicubic`: their low resolutions equal bicubic of the high resolution but at the edges that were cut."""
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.shared_data import ROOT
 
-SET5 = ROOT / "tests" / "golden" / "set5"
+SET5 = ROOT / "tests" / "golden" / "Set5"
 SCALES = (2, 3, 4, 8)
 SIDE_PX = 144
 MARGIN_PX = 3

@@ -1,17 +1,17 @@
-"""A cloud on this machine for the main job: S3 server, MLflow server, Ray cluster of two nodes, ImageNet on S3."""
+"""A cloud on this machine for the main job: S3 server, MLflow server, Ray cluster of two nodes, photographs on S3."""
 
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from data_prep import storage
+from tests.golden_crops import SET5
 from tests.integration.servers import RayCluster, mlflow_server, ray_cluster, submit
+from tests.photographs import write_photographs
 from tests.s3_server import s3_server
-from tests.shared_data import shared
 
 SECRET = "hunter2-planted"
 
@@ -47,7 +47,7 @@ class Cloud:
 
     @property
     def sources(self) -> list[str]:
-        return [f"data.photographs.source={self.base}/imagenet", f"evaluate.sets.Set5={shared('data/benchmark/Set5')}"]
+        return [f"data.photographs.source={self.base}/imagenet", f"evaluate.sets.Set5={SET5}"]
 
     @property
     def domain(self) -> list[str]:
@@ -58,12 +58,10 @@ class Cloud:
 
 
 def upload_images(base: str) -> None:
-    """Twenty ImageNet photographs in class folders, and one file that is no image."""
-    train = shared("data/imagenet-sample/train")
-    chosen = [path for path in sorted(train.rglob("*.JPEG")) if min(Image.open(path).size) >= 256][:20]
-    assert len(chosen) == 20
-    for path in chosen:
-        storage.upload(path, f"{base}/imagenet/{path.relative_to(train)}")
+    """Twenty photographs in class folders, and one file that is no image."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in write_photographs(Path(folder), 20):
+            storage.upload(path, f"{base}/imagenet/{path.relative_to(folder)}")
     storage.write_bytes(f"{base}/imagenet/n00000000/broken.JPEG", b"no image")
 
 

@@ -21,16 +21,16 @@ from model.weights import read_weights, save_safetensors
 from pipeline import registry, report
 from pipeline.cli import main
 from pipeline.config import load_recipe
+from tests.golden_crops import kept_crop
 from tests.integration.servers import BIN, cluster_env, free_port, running, wait_for
 from tests.integration.test_registry import Registry, result
-from tests.shared_data import ROOT, shared
+from tests.shared_data import ROOT
 
 pytestmark = pytest.mark.integration
 
 
 def low_res() -> np.ndarray:
-    with Image.open(shared("data/benchmark/Set5") / "LR_bicubic" / "X2" / "womanx2.png") as image:
-        return np.asarray(image.convert("RGB"))[:40, :56]
+    return kept_crop("woman", 2)[:40, :56]
 
 
 @pytest.fixture(scope="module")

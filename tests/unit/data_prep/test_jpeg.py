@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_prep import jpeg, jpeg_header
 from data_prep.image import Box, Picture, decode
+from data_prep.sources import list_items
 from tests.shared_data import shared
 from tests.unit.data_prep.odd_files import encoded, good_files, photograph
 
@@ -33,7 +34,9 @@ def test_photographs_whole_and_in_parts(photographs):
 
 
 def test_all_imagenet_files_whole_and_in_parts():
-    files, kinds = compare_with_pillow(shared("data/imagenet-sample/train"))
+    folder = shared("data/imagenet-sample/train")
+    assert len(list_items(str(folder))) == 334
+    files, kinds = compare_with_pillow(folder)
     assert files == 333  # one has chroma of half height alone
     assert kinds == {(1, 1, 3), (2, 2, 3), (2, 1, 3), (1, 1, 1)}
 

@@ -66,8 +66,9 @@ with connected(ComputeConfig(), "local", debug=False):
 """
 
 
-def test_workers_of_a_local_cluster_run_at_full_priority_on_the_cpus_it_was_given() -> None:
+def test_workers_of_a_local_cluster_run_at_full_priority_on_the_cpus_it_was_given(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    env["TMPDIR"] = str(tmp_path / ("x" * 90))  # too long for the sockets of Ray's sessions
     command = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c", NICENESS]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "0 1.0\n", done.stderr
