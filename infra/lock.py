@@ -146,7 +146,8 @@ def install(extras: Collection[str]) -> None:
     """The project, editable, with what it and these extras need."""
     entries = parse(LOCK.read_text())
     install_torch(entries["torch"])
-    install_locked(closure(entries, wanted(extras), installed_torch_needs()))
+    # the list is whole and uv has resolved it: pip would look through the index for each of them once more
+    install_locked(closure(entries, wanted(extras), installed_torch_needs()), "--no-deps")
     alone = parse(WITHOUT_DEPENDENCIES.read_text()).values() if "dev" in extras else ()
     if alone:
         install_locked(alone, "--no-deps")
