@@ -5,12 +5,13 @@ numba infers the types, so they are not written.
 # mypy: disable-error-code="no-untyped-def"
 
 import numpy as np
-from numba import njit
+
+from data_prep.compiled import compiled
 
 _PADDING = 8  # rows of 512 bytes would fall on a few lines of the processor's cache
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def shrink(pixels, rows, row_weights, columns, column_weights, rounded):
     """Resample (3, h, w) uint8 down its rows, then its columns; `rounded` rounds to 0..255 after each pass.
 
@@ -32,7 +33,7 @@ def shrink(pixels, rows, row_weights, columns, column_weights, rounded):
     return result
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _weighted_sum(lines, indices, weights, rounded, total):
     """total = sum of weights[t] * lines[indices[t]], added in order."""
     taps = indices.size

@@ -14,7 +14,8 @@ numba infers the types, so they are not written; its cache notices changes of th
 # mypy: disable-error-code="no-untyped-def, assignment"
 
 import numpy as np
-from numba import njit
+
+from data_prep.compiled import compiled
 
 _U = np.uint64
 _PEEK = 10  # bits that one look-up of a single code resolves
@@ -38,7 +39,7 @@ _F_0_298, _F_0_390, _F_0_541, _F_0_765, _F_0_899, _F_1_175 = 2446, 3196, 4433, 6
 _F_1_501, _F_1_847, _F_1_961, _F_2_053, _F_2_562, _F_3_072 = 12299, 15137, 16069, 16819, 20995, 25172
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _entry(length, value):
     """A code's entry: its length (5 bits), its value's size (4), run (4), from bit 16 both lengths, from 24 steps.
 
@@ -51,7 +52,7 @@ def _entry(length, value):
     return length | size << 5 | run << 9 | (length + size) << 16 | steps << 24
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _read_table(data, start, table, single, long_codes):
     """Build Huffman table number `table` from the 16 counts and the symbols at `start`; False where it is no code.
 
@@ -81,7 +82,7 @@ def _read_table(data, start, table, single, long_codes):
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _combine(single, table, many, start):
     """many[start + the next 12 bits] says all the codes and values that end in them; 0 where none does.
 
@@ -99,7 +100,7 @@ def _combine(single, table, many, start):
         many[start + index] = bits | before << 8 | steps << 16
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _long_entry(data, long_codes, table, next16):
     """The entry of a code of more than 10 bits; 0 where there is none."""
     for length in range(_PEEK + 1, 17):
@@ -109,7 +110,7 @@ def _long_entry(data, long_codes, table, next16):
     return 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _fill(data, clean, reader):
     """Room for an MCU: drop what was read, append bytes without stuffing. Stops at a marker, with zeros behind it."""
     at, filled, source = reader
@@ -137,7 +138,7 @@ def _fill(data, clean, reader):
     return at & 7, filled, source
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _peek(clean, at):
     """The next 57 bits and more, uppermost."""
     p = _U(at >> 3)
@@ -146,7 +147,7 @@ def _peek(clean, at):
     return (word | _U(clean[p + _U(6)]) << _U(8) | _U(clean[p + _U(7)])) << _U(at & 7)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _code(data, single, long_codes, table, word):
     """The entry of the code that `word` begins with, 0 where there is none."""
     entry = np.int64(single[_U(table << _PEEK) + (word >> _U(64 - _PEEK))])
@@ -155,7 +156,7 @@ def _code(data, single, long_codes, table, word):
     return entry
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _value(entry, word):
     """The signed number behind the code of `entry` that `word` begins with."""
     size = entry >> 5 & 15
@@ -165,7 +166,7 @@ def _value(entry, word):
     return np.int64(bits >> _U(1) >> _U(63 - size)) - (1 - positive) * ((1 << size) - 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _skip_ac(data, clean, at, single, long_codes, table, many):
     """Where a block ends whose coefficients after the first begin at bit `at`; -1 where it is unsound."""
     k = 1
@@ -190,7 +191,7 @@ def _skip_ac(data, clean, at, single, long_codes, table, many):
     return at
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _read_ac(data, clean, at, single, long_codes, table, quantizers, blocks, block):
     """As `_skip_ac`, and the dequantized coefficients go to `blocks` from `block`; -1 also for too large ones."""
     k, l1, base = 1, abs(np.int64(blocks[block])), (table >> 1) * 64
@@ -213,7 +214,7 @@ def _read_ac(data, clean, at, single, long_codes, table, quantizers, blocks, blo
     return at if l1 <= _LARGEST_L1 else np.int64(-1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _pass(source, start, step, target, to, to_step, shift):
     """16 one-dimensional inverse DCTs at once, rounded and shifted down: 8 inputs `step` apart to 8 outputs."""
     half = np.int32(1) << (shift - np.int32(1))
@@ -247,7 +248,7 @@ def _pass(source, start, step, target, to, to_step, shift):
         target[_U(to + 7 * to_step + n)] = (even0 + even3 - odd3) >> shift
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _inverse_dcts(blocks, first, num, work, plane, row):
     """`num` dequantized blocks side by side, 16 interleaved from `first`, to eight rows of pixels at plane[row].
 
@@ -267,7 +268,7 @@ def _inverse_dcts(blocks, first, num, work, plane, row):
                     line[_U(8 * (group + n) + x)] = min(max(pixel, np.int32(0)), np.int32(255))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def read_tables(data, quantization, dc, ac):
     """(sound, singles and long codes by table 2 * component + is AC, many by component, quantizers by component)."""
     num = dc.size
@@ -286,7 +287,7 @@ def read_tables(data, quantization, dc, ac):
     return sound, single, long_codes, many, quantizers
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _mcu(data, clean, at, single, long_codes, many, quantizers, previous, h, v, column, blocks, line_size):
     """One MCU from bit `at`; with column >= 0 its coefficients go to `blocks`, a line has `line_size`. -1: unsound."""
     for c in range(previous.size):
@@ -313,7 +314,7 @@ def _mcu(data, clean, at, single, long_codes, many, quantizers, previous, h, v, 
     return at
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _restart(data, reader, number):
     """(sound, the reader behind restart marker `number` and the fill bytes before it)."""
     at, filled, source = reader
@@ -323,7 +324,7 @@ def _restart(data, reader, number):
     return sound and data[source + 1] == 0xD0 + number % 8, (np.int64(0), np.int64(0), source + 2)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _advance(clean, first, last, source):
     """Where in the file clean[last] lies, when clean[first] lies at `source`."""
     for k in range(first, last):
@@ -331,7 +332,7 @@ def _advance(clean, first, last, source):
     return source
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def parse_scan(data, scan, tables, h, v, rows, columns, restart_interval, step, bits, previous_values):
     """Parse the whole scan. Returns where in the file the last block's byte ends, -1 where the scan is unsound.
 
@@ -366,7 +367,7 @@ def parse_scan(data, scan, tables, h, v, rows, columns, restart_interval, step, 
     return np.int64(_advance(clean, known, (at + 7) >> 3, known_source))
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def decode_planes(
     data, scan, tables, h, v, columns, restart_interval, window, luma, chroma, step, bits, previous_values
 ):
@@ -412,12 +413,12 @@ def decode_planes(
     return True
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _clamp(value, last):
     return min(max(value, 0), last)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _upsampled_row(plane, y, left, full, offset, luma_h, luma_v, sums, row):
     """One row of chroma at luma size: output row `y`, into `row` from column `left` rounded down to even.
 
@@ -447,7 +448,7 @@ def _upsampled_row(plane, y, left, full, offset, luma_h, luma_v, sums, row):
         row[2 * j + 1] = (np.int32(3) * sums[j + 1] + sums[j + 2] + np.int32(high)) >> np.int32(shift)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _to_rgb_row(luma, cb, cr, red, green, blue):
     """One row of colours; 1.402, 0.34414, 0.71414 and 1.772 times 2**16."""
     half, sixteen, middle = np.int32(1 << 15), np.int32(16), np.int32(128)
@@ -463,7 +464,7 @@ def _to_rgb_row(luma, cb, cr, red, green, blue):
         blue[x] = min(max(shade, lowest), highest)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def to_rgb(luma, chroma, luma_offset, chroma_offset, full_chroma, luma_h, luma_v, top, left, rgb):
     """Fill `rgb` (3, h, w) uint8 with the region at (top, left) from the planes, which begin at their offsets."""
     _, height, width = rgb.shape

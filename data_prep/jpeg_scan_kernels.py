@@ -7,14 +7,15 @@ numba infers the types, so they are not written; its cache notices changes of th
 # mypy: disable-error-code="no-untyped-def"
 
 import numpy as np
-from numba import njit
+
+from data_prep.compiled import compiled
 
 DC_AND_AC, DC_FIRST, DC_AGAIN, AC_FIRST, AC_AGAIN = range(5)
 _UNSOUND = -1
 _ONE = np.uint64(1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _peek(bits, at, count):
     """The next `count` <= 16 bits as a number."""
     p = at >> 3
@@ -22,20 +23,20 @@ def _peek(bits, at, count):
     return word >> (24 - (at & 7) - count) & ((1 << count) - 1)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _run(bits, at, size):
     """Blocks in a run of ended blocks, this one included, whose length has `size` bits behind its code."""
     return (1 << size) + _peek(bits, at, size)
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _dc(bits, at, table):
     """Where a block's first coefficient ends."""
     entry = np.int64(table[_peek(bits, at, 16)])
     return at + (entry >> 8) + (entry & 255) if entry and entry & 255 < 16 else _UNSOUND
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _ac_first(bits, at, table, first, last, run, known, block, length):
     """(where a block's coefficients first..last end, blocks left in the run); which are not zero goes to `known`."""
     if run:
@@ -61,7 +62,7 @@ def _ac_first(bits, at, table, first, last, run, known, block, length):
     return at, 0
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _ac_again(bits, at, table, first, last, run, known, block, length):
     """As `_ac_first`, for one more bit of the coefficients that are known, and the new ones among them."""
     k = first
@@ -97,7 +98,7 @@ def _ac_again(bits, at, table, first, last, run, known, block, length):
     return at, run
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def parse(bits, kind, begin, end, columns, components, dc, ac, first, last, known):
     """Where the MCUs begin..end of a scan end, in bits; -1 where they are unsound.
 

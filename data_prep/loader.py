@@ -12,7 +12,9 @@ import functools
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.util
 import os
+import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +24,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data_prep import s3
 from data_prep.image import Picture, decode
 from data_prep.index import ShardSet
 from data_prep.mix import order_of, read_set
 from data_prep.order import MixedOrder, Position, SampleOrder, crop_position
 from data_prep.pairs import Pair, PairSettings, make_pair
+from data_prep.private_folder import folder_for_sockets
 from data_prep.shard_cache import ShardReader
 from data_prep.storage import DamageError, StorageError
 
@@ -304,20 +308,34 @@ class PairLoader:
         """Worker processes from a fork server: a fork of this process would copy Ray's and gRPC's threads' locks."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        _shorten_sockets()
         return DataLoader(
             self._shares,
             batch_size=None,
             num_workers=self._num_workers,
             multiprocessing_context=context,
             prefetch_factor=_WORKER_QUEUE,
-            worker_init_fn=functools.partial(_start_worker, environment),
+            worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )
 
 
+def _shorten_sockets() -> None:
+    """Where the temporary folder is too long for the sockets of worker processes, give them another."""
+    folder = folder_for_sockets(len("/pymp-01234567/listener-01234567"), "hatchery-sockets")
+    if folder:
+        usual = tempfile.tempdir
+        try:
+            tempfile.tempdir = folder
+            multiprocessing.util.get_temp_dir()  # makes it, remembers it for this process and its workers, deletes it
+        finally:
+            tempfile.tempdir = usual
+
+
 def _start_worker(environment: dict[str, str], _: int) -> None:
     """The fork server may be older than the present S3 credentials."""
+    for name in s3.environment().keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
 
 

@@ -1,45 +1,62 @@
 """Object storage by boto3, for any server that speaks S3; `storage` calls it and names the URI in errors.
 
-Endpoint, region and credentials come from the usual AWS_* variables, profiles and roles.
+Endpoint, region, certificates and credentials come from where AWS's own tools take them: AWS_* variables, the profile
+in ~/.aws/config, roles. Two variables of our own say which buckets are public (ANONYMOUS) or bill whoever reads them
+(REQUESTER_PAYS): names or globs, by commas or spaces.
 """
 
+import fnmatch
 import functools
 import os
 import random
+import ssl
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 import boto3
+import botocore
+import botocore.session
 from boto3.exceptions import Boto3Error, RetriesExceededError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConfigParseError,
     ConnectionClosedError,
+    CredentialRetrievalError,
     EndpointConnectionError,
     HTTPClientError,
     IncompleteReadError,
+    InvalidConfigError,
     NoCredentialsError,
     NoRegionError,
     ParamValidationError,
     PartialCredentialsError,
+    ProfileNotFound,
     ReadTimeoutError,
     ResponseStreamingError,
+    SSLError,
+    SSOError,
+    TokenRetrievalError,
 )
 
-from data_prep.uri import split_s3
+from data_prep.uri import StorageError, split_s3
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 T = TypeVar("T")
 
+ANONYMOUS = "HATCHERY_S3_ANONYMOUS"
+REQUESTER_PAYS = "HATCHERY_S3_REQUESTER_PAYS"
 ATTEMPTS = 5
+PATIENT_ATTEMPTS = 12
+"""For who cannot begin anew: with their waits, a server that is away for a minute is waited for."""
 _BROKEN_OFF = (
     IncompleteReadError,
     ResponseStreamingError,
@@ -47,41 +64,58 @@ _BROKEN_OFF = (
     ConnectionClosedError,
     RetriesExceededError,
 )
-_NOT_SET_UP = (NoCredentialsError, PartialCredentialsError, NoRegionError, ParamValidationError)
+_NOT_SET_UP = (
+    NoCredentialsError,
+    PartialCredentialsError,
+    NoRegionError,
+    ParamValidationError,
+    ProfileNotFound,
+    ConfigParseError,
+    InvalidConfigError,
+    SSOError,
+    TokenRetrievalError,
+)
 _BODY_ATTEMPTS = 6  # with waits of 6 s in all
 _CONDITIONAL_ATTEMPTS = 5
 _MULTIPART_BYTES = 64 * 2**20
-_ENVIRONMENT = (
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_ENDPOINT_URL",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-    "AWS_DEFAULT_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION",
-)
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_ENDPOINT = "check AWS_ENDPOINT_URL and that the server runs"
+_PROFILE = "correct AWS_PROFILE and the files that AWS_CONFIG_FILE and AWS_SHARED_CREDENTIALS_FILE name (~/.aws)"
 _REGION = "set AWS_DEFAULT_REGION to the bucket's region"
+_RENEW = "log in again (`aws sso login`), or renew AWS_SESSION_TOKEN"
+_DENIED = (
+    f"access is denied; {_CREDENTIALS} and the bucket's policy, or name a public bucket in storage.s3.anonymous "
+    f"({ANONYMOUS}) and one that bills its readers in storage.s3.requester_pays ({REQUESTER_PAYS})"
+)
 _BY_CODE = {
     "NoSuchKey": "there is no such object",
     "InvalidRange": "it ends before the bytes that were asked for; it is truncated, make it anew",
     "NoSuchBucket": "the bucket does not exist; create it or correct the URI",
     "SignatureDoesNotMatch": f"the secret key is wrong; {_CREDENTIALS}",
     "InvalidAccessKeyId": f"the access key is unknown; {_CREDENTIALS}",
-    "AccessDenied": f"access is denied; {_CREDENTIALS} and the bucket's policy",
-    "403": f"access is denied; {_CREDENTIALS} and the bucket's policy",
-    "ExpiredToken": "the session token has expired; renew AWS_SESSION_TOKEN",
+    "AccessDenied": _DENIED,
+    "403": _DENIED,
+    "ExpiredToken": f"the session token has expired; {_RENEW}",
+    "ExpiredTokenException": f"the session token has expired; {_RENEW}",
+    "TokenRefreshRequired": f"the session token has expired; {_RENEW}",
+    "InvalidToken": f"the session token is wrong; {_RENEW}, or unset it",
+    "RequestTimeTooSkewed": "this machine's clock differs from the server's; set it (by NTP)",
+    "RequestExpired": "this machine's clock differs from the server's; set it (by NTP)",
     "InvalidBucketName": "the bucket name is invalid; correct the URI",
+    "InvalidObjectState": "it lies in an archive (Glacier); restore it first",
     "PermanentRedirect": f"the bucket lies in another region; {_REGION}",
+    "301": f"the bucket lies in another region; {_REGION}",
+    "IllegalLocationConstraintException": f"the bucket lies in another region; {_REGION}",
     "AuthorizationHeaderMalformed": f"the region is wrong; {_REGION}",
+    "400": f"the server refuses the request without a reason, as for a wrong region or an expired session token; "
+    f"{_REGION}, {_RENEW}",
 }
 
 
 def reason(error: Exception) -> str:
     """What went wrong and the remedy, in one line."""
     error = _answer(error)
+    if isinstance(error, RecursionError):  # botocore asks for the bucket's region, is redirected, asks again
+        return f"the server redirects every request, as one that wants https:// does; {_endpoint_remedy()}"
     if isinstance(error, ClientError):
         code = str(error.response.get("Error", {}).get("Code", ""))
         if code == "404":
@@ -89,13 +123,46 @@ def reason(error: Exception) -> str:
         return _BY_CODE.get(code) or _one_line(error)
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return f"there are no complete S3 credentials; {_CREDENTIALS}"
+    if isinstance(error, SSOError | TokenRetrievalError):
+        return f"{_one_line(error)}; {_RENEW}"
+    if isinstance(error, ProfileNotFound | ConfigParseError | InvalidConfigError | CredentialRetrievalError):
+        return f"{_one_line(error)}; {_PROFILE}"
     if isinstance(error, NoRegionError):
         return f"no region is set; {_REGION}"
+    if isinstance(error, SSLError):
+        return _untrusted(error)
     if isinstance(error, EndpointConnectionError | HTTPClientError):
-        return f"the server at {endpoint() or 'the AWS endpoint'} does not answer; {_ENDPOINT}"
+        return f"the server at {_server(error)} does not answer; {_endpoint_remedy()}"
     if isinstance(error, BotoCoreError):
         return f"{_one_line(error)}; check the URI and the AWS_* variables"
-    return f"{_one_line(error)}; {_ENDPOINT}"
+    return f"{_one_line(error)}; {_endpoint_remedy()}"
+
+
+def _server(error: BotoCoreError) -> str:
+    """The server that a request went to."""
+    parts = urlsplit(str(error.kwargs.get("endpoint_url") or ""))
+    return f"{parts.scheme}://{parts.netloc}" if parts.netloc else "the endpoint"
+
+
+def _endpoint_remedy() -> str:
+    given = any(name.startswith("AWS_ENDPOINT_URL") for name in os.environ)
+    return f"check {'AWS_ENDPOINT_URL' if given else 'endpoint_url in the AWS profile'} and that the server runs"
+
+
+def _untrusted(error: SSLError) -> str:
+    """Why there is no TLS connection, and the remedy."""
+    if _certificate_is_refused(error.kwargs.get("error")):
+        remedy = "name the file of its CA in AWS_CA_BUNDLE (or as ca_bundle in the AWS profile)"
+        return f"the certificate of the server at {_server(error)} is not trusted; {remedy}"
+    return f"the server at {_server(error)} does not speak TLS as wanted ({_one_line(error)}); {_endpoint_remedy()}"
+
+
+def _certificate_is_refused(error: object) -> bool:
+    """Whether an error, or one that it wraps, is Python's word for a certificate that does not verify."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return True
+    wrapped = (*error.args, getattr(error, "reason", None)) if isinstance(error, Exception) else ()
+    return any(_certificate_is_refused(inner) for inner in wrapped)
 
 
 def may_pass(error: Exception) -> bool:
@@ -105,6 +172,8 @@ def may_pass(error: Exception) -> bool:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = error.response.get("Error", {}).get("Code")
         return status >= 500 or status in (408, 429) or code == "RequestTimeout"
+    if isinstance(error, SSLError):
+        return not _certificate_is_refused(error.kwargs.get("error"))
     return isinstance(error, BotoCoreError | Boto3Error) and not isinstance(error, _NOT_SET_UP)
 
 
@@ -114,27 +183,89 @@ def _answer(error: Exception) -> Exception:
     return hidden if isinstance(hidden, ClientError) else error
 
 
-def endpoint() -> str | None:
-    """The custom endpoint URL, None for AWS itself."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+def environment() -> dict[str, str]:
+    """The variables of this process that say which S3 is meant, and how it is reached."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "HATCHERY_S3_"))}
 
 
-def client(attempts: int = ATTEMPTS) -> "S3Client":
-    """A client for this process and the present AWS_* variables; kept for the next call."""
-    environment = tuple(os.environ.get(name) for name in _ENVIRONMENT)
-    return _client(attempts, os.getpid(), environment)
+def use_buckets(anonymous: Iterable[str], requester_pays: Iterable[str]) -> None:
+    """Add buckets (names or globs) to those of the environment, for this process and its children: for entries."""
+    for variable, buckets in ((ANONYMOUS, anonymous), (REQUESTER_PAYS, requester_pays)):
+        if together := dict.fromkeys([*_buckets(variable), *buckets]):
+            os.environ[variable] = ",".join(together)
 
 
-@functools.lru_cache(maxsize=8)
-def _client(attempts: int, pid: int, environment: tuple[str | None, ...]) -> "S3Client":
+def _buckets(variable: str) -> list[str]:
+    return os.environ.get(variable, "").replace(",", " ").split()
+
+
+def _is_listed(bucket: str, variable: str) -> bool:
+    return any(fnmatch.fnmatchcase(bucket, glob) for glob in _buckets(variable))
+
+
+def for_other_machines() -> dict[str, str]:
+    """Variables that give another machine this one's view of S3: what is found in a profile here is not there.
+
+    Credentials stay where they are: the other machine has its own, or is given them by its owner.
+    """
+    session = botocore.session.Session()
+    found = {name: value for name, value in environment().items() if name in (ANONYMOUS, REQUESTER_PAYS)}
+    if (url := _url(session)) != _url(session, ignore_configured_endpoint_urls=True):
+        found["AWS_ENDPOINT_URL_S3"] = url
+    if region := session.get_config_variable("region"):
+        found["AWS_DEFAULT_REGION"] = region
+    return found
+
+
+def _url(session: botocore.session.Session, **options: Any) -> str:
+    config = Config(signature_version=botocore.UNSIGNED, **options)  # needs no credentials
+    return str(session.create_client("s3", config=config).meta.endpoint_url)
+
+
+def client(bucket: str, attempts: int = ATTEMPTS) -> "S3Client":
+    """A client for this process, a bucket and the present variables; kept for the next call."""
+    anonymous, pays = _is_listed(bucket, ANONYMOUS), _is_listed(bucket, REQUESTER_PAYS)
+    return _client(attempts, anonymous, pays, os.getpid(), tuple(environment().items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _client(
+    attempts: int, anonymous: bool, requester_pays: bool, pid: int, environment: tuple[tuple[str, str], ...]
+) -> "S3Client":
     """`pid` and `environment` are keys: connections do not survive a fork, nor other credentials."""
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=60 if attempts <= ATTEMPTS else 30,  # times the attempts is what a person waits for
         max_pool_connections=16,
+        signature_version=botocore.UNSIGNED if anonymous else None,
     )
-    return boto3.session.Session().client("s3", endpoint_url=endpoint(), config=config)
+    session = botocore.session.Session()
+    _check_bundle(session)
+    made = boto3.session.Session(botocore_session=session).client("s3", config=config)
+    if requester_pays:
+        made.meta.events.register("provide-client-params.s3", _pay)
+    return made
+
+
+def _pay(params: dict[str, Any], model: Any, **_: object) -> None:
+    """Agree to be billed, in every request that can say so."""
+    if model.input_shape is not None and "RequestPayer" in model.input_shape.members:
+        params.setdefault("RequestPayer", "requester")
+
+
+def _check_bundle(session: botocore.session.Session) -> None:
+    """StorageError for a file of certificates that cannot be used: else each request would fail without naming it."""
+    bundle = session.get_config_variable("ca_bundle")
+    if not bundle:
+        return
+    try:
+        ssl.create_default_context(cafile=os.fspath(bundle))
+    except OSError as error:  # also of ssl: no certificate in it
+        name = "AWS_CA_BUNDLE" if "AWS_CA_BUNDLE" in os.environ else "ca_bundle of the AWS profile"
+        raise StorageError(
+            f"{name} {bundle!r} is no file of certificates ({error.strerror or error}); correct the path"
+        ) from error
 
 
 def is_missing(error: ClientError) -> bool:
@@ -142,10 +273,10 @@ def is_missing(error: ClientError) -> bool:
     return str(error.response.get("Error", {}).get("Code", "")) in ("NoSuchKey", "404", "InvalidRange", "416")
 
 
-def read(uri: str, offset: int = 0, size: int | None = None) -> bytes:
+def read(uri: str, offset: int = 0, size: int | None = None, attempts: int = ATTEMPTS) -> bytes:
     """The object's bytes, or `size` of them from `offset`."""
     bucket, key = split_s3(uri)
-    get = functools.partial(client().get_object, Bucket=bucket, Key=key)
+    get = functools.partial(client(bucket, attempts).get_object, Bucket=bucket, Key=key)
 
     def body() -> bytes:
         answer = get() if size is None else get(Range=f"bytes={offset}-{offset + size - 1}")
@@ -169,7 +300,7 @@ def _again(transfer: Callable[[], T]) -> T:
 def write(uri: str, data: bytes, attempts: int = ATTEMPTS) -> None:
     """One put: readers see the old object or the new one."""
     bucket, key = split_s3(uri)
-    client(attempts).put_object(Bucket=bucket, Key=key, Body=data)
+    client(bucket, attempts).put_object(Bucket=bucket, Key=key, Body=data)
 
 
 def put_if_absent(uri: str, data: bytes) -> bool:
@@ -181,12 +312,12 @@ def put_if_absent(uri: str, data: bytes) -> bool:
     mark = uuid.uuid4().hex
     for attempt in range(_CONDITIONAL_ATTEMPTS):
         try:
-            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"put-by": mark})
+            client(bucket).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"put-by": mark})
             return True
         except ClientError as error:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status == 412:
-                return client().head_object(Bucket=bucket, Key=key)["Metadata"].get("put-by") == mark
+                return client(bucket).head_object(Bucket=bucket, Key=key)["Metadata"].get("put-by") == mark
             if status != 409 or attempt == _CONDITIONAL_ATTEMPTS - 1:  # 409: another put is under way
                 raise
             time.sleep(0.2 * 2**attempt)
@@ -197,7 +328,7 @@ def exists(uri: str) -> bool:
     """Whether the object is there."""
     bucket, key = split_s3(uri)
     try:
-        client().head_object(Bucket=bucket, Key=key)
+        client(bucket).head_object(Bucket=bucket, Key=key)
     except ClientError as error:
         if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
             return False
@@ -205,27 +336,31 @@ def exists(uri: str) -> bool:
     return True
 
 
-def head(uri: str) -> tuple[int, str]:
+def head(uri: str, attempts: int = ATTEMPTS) -> tuple[int, str]:
     """(size, ETag) of an object."""
     bucket, key = split_s3(uri)
-    answer = client().head_object(Bucket=bucket, Key=key)
+    answer = client(bucket, attempts).head_object(Bucket=bucket, Key=key)
     return answer["ContentLength"], answer["ETag"].strip('"')
 
 
-def objects(uri: str) -> Iterator[tuple[str, int, str]]:
-    """(key below the prefix, size, ETag) of every object below `uri`, in the server's order."""
+def objects(uri: str, attempts: int = ATTEMPTS, markers: bool = False) -> Iterator[tuple[str, int, str]]:
+    """(key below the prefix, size, ETag) of every object below `uri`, in the server's order.
+
+    markers: also the objects that some tools write for an empty folder, whose keys end in /.
+    """
     bucket, prefix = split_s3(uri)
     prefix = prefix and prefix + "/"
-    for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    for page in client(bucket, attempts).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
         for entry in page.get("Contents", []):
-            if not entry["Key"].endswith("/"):  # a marker that some tools write for an empty folder
+            if markers or not entry["Key"].endswith("/"):
                 yield entry["Key"].removeprefix(prefix), entry["Size"], entry["ETag"].strip('"')
 
 
-def upload(file: BinaryIO, uri: str) -> None:
+def upload(file: BinaryIO, uri: str, attempts: int = ATTEMPTS) -> None:
     """Upload an open file, in parts where it is large; it appears when complete."""
     bucket, key = split_s3(uri)
-    client().upload_fileobj(file, bucket, key, Config=TransferConfig(multipart_threshold=_MULTIPART_BYTES))
+    parts = TransferConfig(multipart_threshold=_MULTIPART_BYTES)
+    client(bucket, attempts).upload_fileobj(file, bucket, key, Config=parts)
 
 
 def download(uri: str, file: BinaryIO) -> None:
@@ -235,31 +370,37 @@ def download(uri: str, file: BinaryIO) -> None:
     def whole() -> None:
         file.seek(0)
         file.truncate()
-        client().download_fileobj(bucket, key, file)
+        client(bucket).download_fileobj(bucket, key, file)
 
     _again(whole)
 
 
-def delete(uris: list[str], attempts: int = ATTEMPTS) -> None:
-    """Delete objects one by one: servers disagree about the checksum header of the multi-object request."""
+def copy(source: str, target: str, attempts: int = ATTEMPTS) -> None:
+    """Copy an object within the server."""
+    (bucket, key), (to_bucket, to_key) = split_s3(source), split_s3(target)
+    client(to_bucket, attempts).copy({"Bucket": bucket, "Key": key}, to_bucket, to_key)
 
-    def delete_one(uri: str) -> None:
-        bucket, key = split_s3(uri)
-        client(attempts).delete_object(Bucket=bucket, Key=key)
+
+def delete(uris: Iterable[str], attempts: int = ATTEMPTS) -> None:
+    """Delete objects; nothing happens where there is none."""
+    _delete(map(split_s3, uris), attempts)
+
+
+def delete_below(uri: str, attempts: int = ATTEMPTS) -> None:
+    """Delete every object below `uri`."""
+    bucket, prefix = split_s3(uri)
+    _delete(((bucket, f"{prefix}/{path}") for path, _, _ in objects(uri, attempts, markers=True)), attempts)
+
+
+def _delete(keys: Iterable[tuple[str, str]], attempts: int) -> None:
+    """One by one: servers disagree about the checksum header of the multi-object request."""
+
+    def delete_one(place: tuple[str, str]) -> None:
+        bucket, key = place
+        client(bucket, attempts).delete_object(Bucket=bucket, Key=key)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(delete_one, uris))
-
-
-def arrow_options() -> dict[str, str]:
-    """Arguments for `pyarrow.fs.S3FileSystem`; credentials it finds itself, in the same places."""
-    options = {}
-    if url := endpoint():
-        parts = urlsplit(url)
-        options = {"endpoint_override": parts.netloc, "scheme": parts.scheme}
-    if region := os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
-        options["region"] = region
-    return options
+        list(pool.map(delete_one, keys))
 
 
 def _one_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from data_prep.image_files import EXTENSIONS, PassedOver, clutter_in, ending, has_image_name
-from data_prep.storage import DANGLING, FileInfo, file_info, is_local, iter_files, normalise, read_bytes, read_range
+from data_prep.storage import UNREADABLE, FileInfo, file_info, is_local, iter_files, normalise, read_bytes, read_range
 from data_prep.tar_source import iter_members
 
 PHOTOGRAPHS = "photographs:"
@@ -134,9 +134,11 @@ def key_of(path: str) -> str:
     """A WebDataset key for a relative path; `urllib.parse.unquote` gives the path back (bytes that are no UTF-8 with
     errors="surrogateescape").
 
-    WebDataset ends a key at the base name's first dot, and skips names between double underscores.
+    WebDataset ends a key at the base name's first dot, and skips names between double underscores. A tar knows no
+    empty parts, which keys in an object store may have.
     """
-    return re.sub("_(?=_)", "%5F", quote(path, safe="/", errors="surrogateescape").replace(".", "%2E"))
+    quoted = quote(path, safe="/", errors="surrogateescape").replace(".", "%2E")
+    return re.sub("_(?=_)", "%5F", re.sub("(^|(?<=/))/", "%2F", quoted))
 
 
 def _named(source: str, passed_over: PassedOver) -> Iterable[tuple[str, Item]]:
@@ -154,7 +156,7 @@ def _stored(source: str, passed_over: PassedOver) -> Iterator[tuple[str, Item]]:
         place = file_info(source).uri  # or StorageError: it does not exist
         raise ValueError(f"{place}: it is a file, no .tar or .txt; name its folder")
     for info in iter_images(source, passed_over):
-        flaw = DANGLING if info.version == DANGLING else ""
+        flaw = info.version if info.version in UNREADABLE else ""
         yield info.path, Item(key_of(info.path), info.uri, info.size, info.version, flaw=flaw)
 
 

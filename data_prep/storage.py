@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BufferedWriter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
 from data_prep import s3
-from data_prep.uri import DamageError, StorageError, is_local, join, normalise, refuse_secrets, split_s3
+from data_prep.uri import DamageError, StorageError, is_local, join, key_fault, normalise, refuse_secrets, split_s3
 from data_prep.walk import Note, Walk
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DANGLING",
+    "ODD_KEY",
+    "UNREADABLE",
     "DamageError",
     "FileInfo",
     "StorageError",
@@ -62,9 +64,14 @@ __all__ = [
 ]
 
 DANGLING = "a link to nothing"
+ODD_KEY = "its key has the part . or .., which servers read as another key; rename the object"
+UNREADABLE = (DANGLING, ODD_KEY)
+"""What takes the place of the version of files that cannot be read."""
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
 _BLOCK_BYTES = 2**20
+# what `os.link` says on exFAT, on most FUSE file systems (gcsfuse) and on some servers' shares
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 _REMEDIES = {
     errno.ENOENT: "it does not exist; check the path",
     errno.EACCES: "permission is denied; change the folder's permissions or choose another",
@@ -83,7 +90,7 @@ class FileInfo:
     """One listed file: `path` relative to the listed folder, `size` in bytes.
 
     `version` changes with the content: the ETag in an object store, the modification time in ns on a disk,
-    DANGLING for a link to nothing.
+    DANGLING for a link to nothing, ODD_KEY for a key that servers disagree about.
     """
 
     path: str
@@ -136,6 +143,10 @@ def put_if_absent(uri: str, data: bytes) -> bool:
                 os.link(file.name, target)  # unlike a rename, it refuses to replace
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                return _create(target, data)
         return True
 
 
@@ -171,7 +182,7 @@ def iter_files(
             if skip(path):
                 note(path, "")
             else:
-                yield FileInfo(path, f"{root}/{path}", size, tag)
+                yield FileInfo(path, f"{root}/{path}", size, ODD_KEY if key_fault(path) else tag)
 
 
 def file_info(uri: str) -> FileInfo:
@@ -233,7 +244,7 @@ def delete_tree(uri: str) -> None:
         raise StorageError(f"{root}: refusing to delete all of it; name a folder or prefix inside")
     with _naming(root):
         if not is_local(root):
-            s3.delete([f"{root}/{path}" for path, _, _ in s3.objects(root)])
+            s3.delete_below(root)
         elif os.path.isdir(root):
             shutil.rmtree(root)
 
@@ -318,24 +329,15 @@ def filesystem(uri: str) -> tuple["FileSystem", str]:
 
     if is_local(uri):
         return fs.LocalFileSystem(), normalise(uri)
-    return _patient_s3(s3.arrow_options()), normalise(uri).removeprefix("s3://")
+    from data_prep import arrow_s3  # imports pyarrow
 
-
-def _patient_s3(options: dict[str, str]) -> "FileSystem":
-    """pyarrow's S3, which tries again for two minutes: by default a server away for ten seconds ends its user."""
-    from pyarrow import fs
-
-    class PatientS3(fs.S3FileSystem):
-        def __reduce__(self) -> tuple[Any, ...]:  # pyarrow's own forgets the retry strategy
-            return _patient_s3, (options,)
-
-    return PatientS3(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=12), request_timeout=30, **options)
+    return arrow_s3.file_system(), normalise(uri).removeprefix("s3://")
 
 
 def may_pass(error: StorageError) -> bool:
     """Whether the same call may succeed later: the storage is away, busy or full, rather than that it said no."""
     cause = error.__cause__
-    if isinstance(cause, OSError):
+    if isinstance(cause, OSError) and not isinstance(cause, BotoCoreError):  # some of which are both
         return cause.errno not in _REMEDIES or cause.errno in (errno.ENOSPC, errno.EDQUOT)
     return isinstance(cause, Exception) and not isinstance(error, DamageError) and s3.may_pass(cause)
 
@@ -350,7 +352,7 @@ def _naming(uri: str) -> Iterator[None]:
     except ClientError as error:
         kind = DamageError if s3.is_missing(error) else StorageError
         raise kind(f"{normalise(uri)}: {s3.reason(error)}") from error
-    except (BotoCoreError, Boto3Error) as error:
+    except (BotoCoreError, Boto3Error, RecursionError) as error:
         raise StorageError(f"{normalise(uri)}: {s3.reason(error)}") from error
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0) or f"{error.strerror or error}; check the path"
@@ -381,6 +383,21 @@ def _replacing(target: Path) -> Iterator[BufferedWriter]:
         yield file
         _flush(file)
         os.replace(file.name, target)
+
+
+def _create(target: Path, data: bytes) -> bool:
+    """Write a new file where there are no hard links, empty for a moment; False where it exists."""
+    try:
+        with open(target, "xb") as file:
+            try:
+                file.write(data)
+                _flush(file)
+            except OSError:
+                target.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        return False
+    return True
 
 
 def _flush(file: BinaryIO) -> None:

@@ -36,18 +36,16 @@ def _shown(char: str) -> str:
 def normalise(uri: str | os.PathLike[str]) -> str:
     """The one spelling of a URI: `s3://bucket/key`, or an absolute path for a local path and `file://`.
 
-    No `//` inside and no trailing `/`: in an object store these are other keys. Raises StorageError for an
-    empty URI, another scheme, `s3://` without a bucket, or with credentials in it.
+    A path is cleaned. A key stays as it is but for one trailing `/`, as people end a prefix: in an object store `a//b`
+    is another key than `a/b`. Raises StorageError for an empty URI, another scheme, `s3://` without a bucket, and for
+    keys that programs on the way would read as others (see `key_fault`), or with credentials in it.
     """
     text = os.fspath(uri)
     scheme = text.split("://", 1)[0] if "://" in text else ""
     if scheme == "s3":
         if any(mark in text.split("/", 3)[2] for mark in "@:"):  # in no bucket's name; behind it they belong to a key
             refuse_secrets(text)
-        parts = [part for part in text.removeprefix("s3://").split("/") if part]
-        if not parts:
-            raise StorageError(f"{text!r} names no bucket; write s3://bucket/prefix")
-        return "s3://" + "/".join(parts)
+        return _object_uri(text)
     if scheme == "file":
         text = unquote(urlsplit(text).path)
     elif scheme:
@@ -67,9 +65,30 @@ def refuse_secrets(uri: str | os.PathLike[str]) -> None:
         )
 
 
+def _object_uri(text: str) -> str:
+    bucket, _, key = text.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError(f"{text!r} names no bucket; write s3://bucket/prefix")
+    key = key.removesuffix("/")
+    if fault := key_fault(key):
+        raise StorageError(f"{text!r}: its key {fault}")
+    return f"s3://{bucket}/{key}" if key else f"s3://{bucket}"
+
+
+def key_fault(key: str) -> str:
+    """Why a key cannot be told from another one on its way to the object; empty where it can."""
+    if key.endswith("/"):
+        return "ends in an empty part, as for a folder; name the object, or a prefix with one / at its end"
+    if any(part in (".", "..") for part in key.split("/")):
+        return "has the part . or .., which servers read as another key; rename the object"
+    return ""
+
+
 def join(uri: str | os.PathLike[str], *parts: str) -> str:
-    """`uri` with path parts appended, normalised."""
-    return normalise("/".join([normalise(uri), *parts]))
+    """`uri` with names or relative paths appended, without empty parts between them."""
+    base = normalise(uri)
+    names = [name for part in parts for name in part.split("/") if name]
+    return normalise("/".join([base, *names]))
 
 
 def is_local(uri: str | os.PathLike[str]) -> bool:

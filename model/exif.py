@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Literal
 
 ORIENTATION = 0x0112
 """EXIF's and TIFF's tag number."""
@@ -51,13 +52,16 @@ class Entry:
 
 
 Directory = dict[int, Entry]
+ByteOrder = Literal["<", ">"]
+"""As `struct` has it: little or big endian."""
+_ORDERS: dict[bytes, ByteOrder] = {b"II": "<", b"MM": ">"}
 
 
 @dataclass(frozen=True)
 class Layout:
     """How a file's numbers are written: byte order as `struct` has it, and whether positions have 64 bits."""
 
-    order: str
+    order: ByteOrder
     big: bool = False
 
     @property
@@ -78,7 +82,7 @@ class Layout:
 class Exif:
     """The tags of a picture by directory; all in one byte order."""
 
-    order: str = "<"
+    order: ByteOrder = "<"
     main: Directory = field(default_factory=dict)
     camera: Directory = field(default_factory=dict)
     gps: Directory = field(default_factory=dict)
@@ -93,7 +97,7 @@ class Exif:
     def orientation(self) -> int:
         """1 (as stored) to 8; 1 where the tag is missing or says something else."""
         found = self._number(ORIENTATION)
-        return int(found) if found in range(1, 9) else 1
+        return int(found) if found is not None and found in range(1, 9) else 1
 
     @property
     def dpi(self) -> tuple[float, float] | None:
@@ -196,9 +200,11 @@ def add_to_tiff(tiff: bytes, exif: Exif | None, xmp: bytes | None) -> bytes:
 
 def _header(data: bytes) -> tuple[Layout, int]:
     """Byte order and kind of a file, and where its first directory is."""
-    order = {b"II": "<", b"MM": ">"}.get(data[:2], "")
+    order = _ORDERS.get(data[:2])
+    if order is None:
+        raise ValueError("it does not begin as EXIF does")
     try:
-        version = struct.unpack_from(order + "H", data, 2)[0] if order else 0
+        version = struct.unpack_from(order + "H", data, 2)[0]
         if version == 42:
             return Layout(order), Layout(order).unpack("I", "", data, 4)[0]
         if version == 43:

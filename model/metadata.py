@@ -12,6 +12,8 @@ from model.png import Parts
 EXIF_PREFIX = b"Exif\0\0"
 LARGEST_EXIF_BYTES, LARGEST_XMP_BYTES = 65533, 65504
 """Of a JPEG's segments: EXIF with its prefix, XMP without."""
+LARGEST_DPI = 65535
+"""What JPEG can say; a damaged or careless file says more, and means nothing by it."""
 ORIENTED = re.compile(rb"(tiff:Orientation(?:=[\"']|>)\s*)([1-8])")
 SIZED = re.compile(rb"((?:tiff:Image|exif:Pixel)(Width|Length|XDimension|YDimension)(?:=[\"']|>)\s*)\d+")
 THUMBNAILS = re.compile(rb"<(xmp|xap):Thumbnails\b.*?</\1:Thumbnails>", re.DOTALL)
@@ -102,6 +104,8 @@ def _upright(
     if exif:
         dpi = dpi or exif.dpi
         exif = exif.upright(turns)
+    if dpi and not all(0 < value <= LARGEST_DPI for value in dpi):
+        dpi = None
     if dpi and turns > 4:
         dpi = dpi[1], dpi[0]
     if xmp:

@@ -240,9 +240,18 @@ def _deep_tiff(data: bytes) -> Picture | None:
     elif page.photometric not in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB):
         raise ValueError("16-bit pixels are known here as gray or RGB only; convert it to RGB")
     pixels = np.atleast_3d(pixels).astype(np.uint16, copy=False)
+    if has_alpha(pixels.shape[2]) and page.extrasamples == (tifffile.EXTRASAMPLE.ASSOCALPHA,):
+        pixels = _not_multiplied(pixels)
     about, orientation = metadata.of_tiff(data)
     picture = _with_fitting_profile(_turned(pixels, orientation), profile, about)
     return replace(picture, num_pictures=num_pictures)
+
+
+def _not_multiplied(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Colours that a file has multiplied by alpha (H, W, C uint16) as they are without; black where alpha is 0."""
+    alpha = pixels[..., -1:].astype(np.float64)
+    colours = np.divide(pixels[..., :-1] * 65535.0, alpha, out=np.zeros(pixels[..., :-1].shape), where=alpha > 0)
+    return np.concatenate([colours.round().clip(0, 65535).astype(np.uint16), pixels[..., -1:]], axis=2)
 
 
 def _is_transparent(image: Image.Image) -> bool:

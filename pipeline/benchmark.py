@@ -8,7 +8,7 @@ MATLAB-exact bicubic, as the published ones were made.
 import hashlib
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -94,9 +94,9 @@ def set_name(uri: str) -> str:
     return parts[-2] if len(parts) > 1 and _TRUTH.fullmatch(parts[-1]) else parts[-1].rstrip(":")
 
 
-def set_fingerprint(uri: str, include: Sequence[str]) -> str:
+def set_fingerprint(images: Iterable[Item]) -> str:
     """Changes with a set's files, and with the rule by which they are paired: see `sources.fingerprint`."""
-    items = sources.list_items(uri, include)
+    items = list(images)
     of_files = sources.fingerprint(items)
     return digest_of([of_files, "SelfExSR"]) if any(selfexsr_name(item.path) for item in items) else of_files
 

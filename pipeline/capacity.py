@@ -1,4 +1,4 @@
-"""`hatchery plan`: what a recipe needs on a cluster, before anything is rented: memory, traffic, days."""
+"""`hatchery plan` for GPUs: what a recipe needs on a cluster, before anything is rented: memory, traffic, days."""
 
 import math
 import time

@@ -55,15 +55,21 @@ def pretrain(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of Ray's workers.")] = False,
 ) -> None:
     """Run a recipe: shard, pre-train, cascade, fine-tune, evaluate, register, promote. Finished stages are skipped."""
-    from pipeline import pretrain as job
+    from pipeline.buckets import use_buckets
     from pipeline.config import load_recipe
+    from pipeline.survey import Choice
 
     loaded = load_recipe(recipe, override or [])
-    choice = job.Choice(stages.split(",") if stages else None, first, last)
+    use_buckets(loaded)
+    choice = Choice(stages.split(",") if stages else None, first, last)
     console = Console(width=None if sys.stdout.isatty() else 120)
     if dry_run:
-        job.dry_run(loaded, choice, console)
+        from pipeline import dry_run as look
+
+        look.run(loaded, choice, console)
     else:
+        from pipeline import pretrain as job
+
         job.run(loaded, choice, console, address, debug)
 
 
@@ -71,30 +77,69 @@ def pretrain(
 def plan_command(
     recipe: Annotated[str, typer.Option(help="YAML file, or the name of one in configs/recipe.")],
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Training processes on each.")] = 8,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Training processes on each; default 8 where the recipe wants GPUs, else those that are here."
+        ),
+    ] = None,
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="GB of each GPU.")] = 80,
-    step_time: Annotated[float | None, typer.Option(min=1e-6, help="Measured seconds per optimizer step.")] = None,
-    image_kb: Annotated[float, typer.Option(min=0.1, help="Mean size of a training image; ImageNet has 110.")] = 110,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="Without GPUs: cores of each machine; default as this one.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0.1, help="Without GPUs: GB of each machine; default what is free here.")
+    ] = None,
+    step_time: Annotated[
+        float | None, typer.Option(min=1e-6, help="With GPUs: measured seconds per optimizer step.")
+    ] = None,
+    image_kb: Annotated[
+        float, typer.Option(min=0.1, help="With GPUs: mean size of a training image; ImageNet has 110.")
+    ] = 110,
     override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
     debug: Tracebacks = False,
 ) -> None:
-    """What a recipe needs on a cluster: memory per ZeRO stage, traffic, days. Measures one sample on this machine."""
-    from pipeline import capacity
+    """What a recipe needs: memory, traffic and days on GPUs; processes, memory and hours on CPUs.
+
+    For GPUs where the recipe wants them (compute.use_gpu) or --gpus-per-node is given, else for CPUs. Measures one
+    sample on this machine.
+    """
+    from pipeline import capacity_report
     from pipeline.config import load_recipe
 
+    if cpus is not None and gpus_per_node is not None:
+        raise ValueError(f"--cpus {cpus} and --gpus-per-node {gpus_per_node} exclude one another: give one of them")
     loaded = load_recipe(recipe, override or [])
-    machines = capacity.Machines(nodes, gpus_per_node, gpu_memory)
-    for phase in loaded.phases.values():
-        if phase.global_batch < machines.gpus:
-            raise ValueError(f"{machines.gpus} GPUs are more than the global batch {phase.global_batch}: use fewer")
-    training = next(iter(loaded.trainings))
-    bf16 = capacity.measures_in_bf16(loaded.phases[loaded.trainings[training].phase])
-    sample = capacity.measure_sample(loaded, training, bf16)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(capacity.memory_table(loaded, training, machines, sample))
-    console.print(capacity.training_table(loaded, machines, sample, step_time, image_kb))
-    for line in capacity.notes(loaded, training, machines, sample, step_time is not None):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    gpus = gpus_per_node if cpus is None else None
+    if cpus is None and gpus is None:
+        gpus = capacity_report.gpus_wanted(loaded)
+    if gpus is None:
+        capacity_report.for_cpus(loaded, nodes, cpus, memory, console)
+    else:
+        capacity_report.for_gpus(loaded, nodes, gpus, gpu_memory, step_time, image_kb, console)
+
+
+@app.command("config")
+def config_command(
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, or a section with all below it; default all.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With the values of this one: YAML file, or the name of one in configs/recipe.")
+    ] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    debug: Tracebacks = False,
+) -> None:
+    """Print every key of a recipe: its value, its default, what it is for, what it takes."""
+    from pipeline import config_reference
+    from pipeline.config import load_recipe
+
+    if override and recipe is None:
+        raise ValueError(f"--set {override[0]} needs a recipe to change: give --recipe")
+    loaded = load_recipe(recipe, override or []) if recipe is not None else None
+    for found in config_reference.chosen(config_reference.keys(loaded), key):
+        typer.echo(found.as_line())
 
 
 @app.command("upscale")
@@ -267,9 +312,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    """Whether a user can cause an error: also what MLflow refuses."""
+    return isinstance(error, (*_USERS_ERRORS, *_mlflow_errors()))
+
+
+def _mlflow_errors() -> tuple[type[Exception], ...]:
+    """MLflow's errors; none where MLflow, which is slow to import, was not imported."""
     mlflow = sys.modules.get("mlflow.exceptions")
-    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+    return (mlflow.MlflowException,) if mlflow is not None else ()
 
 
 def _one_line(error: Exception, command: str) -> str:
@@ -280,7 +330,7 @@ def _one_line(error: Exception, command: str) -> str:
     """
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
-    if not isinstance(told, ValueError | OSError | MemoryError):
+    if isinstance(told, _mlflow_errors()):
         return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
     text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
     lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many

@@ -38,9 +38,11 @@ def retrain(
     Exit code 0 also where nothing is new, another run is at it, or the gate refuses.
     """
     from pipeline import retrain as job
+    from pipeline.buckets import use_buckets
     from pipeline.domain import load_domain
 
     loaded = load_domain(domain, override or [])
+    use_buckets(loaded)
     if dry_run:
         job.dry_run(loaded, console(), now)
     else:

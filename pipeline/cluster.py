@@ -1,19 +1,27 @@
 """The Ray cluster that runs the stages: the one given, the one a job runs on, or a local one of this process."""
 
+import json
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.exceptions
+from botocore.exceptions import BotoCoreError
 
+from data_prep import s3
+from data_prep.private_folder import folder_for_sockets
 from model import limits
+from pipeline import ray_address
 from pipeline.config import ComputeConfig
+from pipeline.lasting import IN_RAY_JOB
 
 WORKER_BYTES = 400 * 10**6
 """What a process of Ray's takes that has imported torch and works on an image of common size, roughly."""
+
+_LONGEST_SOCKET = "/ray/session_2026-11-30_23-59-59_999999_4194304/sockets/plasma_store.1"  # of Ray 2.60
 
 # Read by Ray when it starts processes; the user's own values win.
 _ENVIRONMENT = {
@@ -36,28 +44,40 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
     if ray.is_initialized() and address in (None, "local"):  # a notebook's or a test's: used, and left as it is
         yield
         return
+    origin = "--address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {
         "log_to_driver": debug,
         "logging_level": logging.INFO if debug else logging.WARNING,
     }
     if address and address != "local":
-        _check_answers(address)
+        ray_address.check_cluster(address, origin)
         options |= {"address": address}
+        if variables := _view_of_s3():
+            options |= {"runtime_env": {"env_vars": variables}}
     else:
+        ray_address.check_mode()
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone, on loopback
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # one process less to wait for
         # Ray gives its workers niceness 15, at which two of them on two CPUs get a tenth less done
         os.environ.setdefault("RAY_worker_niceness", "0")
         options |= {"address": "local", "include_dashboard": False, "num_cpus": _local_cpus(compute)}
+        options |= {"_temp_dir": _short_folder()}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(f"no Ray cluster at {address!r} ({error}): start one, or leave --address out") from error
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"no Ray cluster at {address or 'local'!r} ({said}): {ray_address.NO_ANSWER}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _short_folder() -> str | None:
+    """Where Ray's sessions lie where its own choice is too long for their sockets; None for its own choice."""
+    usual = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    return folder_for_sockets(len(_LONGEST_SOCKET), "hatchery-ray", usual)
 
 
 def _local_cpus(compute: ComputeConfig) -> int:
@@ -66,15 +86,15 @@ def _local_cpus(compute: ComputeConfig) -> int:
     return max(1, fitting, compute.max_workers * compute.cpus_per_worker)
 
 
-def _check_answers(address: str) -> None:
-    """ValueError where nothing listens at host:port; Ray itself would try for minutes and then end the process."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if not host or not port.isdigit():
-        return  # "auto": Ray looks for a cluster of this machine by itself
+def _view_of_s3() -> dict[str, str]:
+    """Variables by which the nodes of another cluster see the S3 that this process sees; a job's own ones win."""
+    job = json.loads(os.environ.get(IN_RAY_JOB) or "{}")
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ValueError(f"no Ray cluster at {address!r} ({error}): start one, or leave --address out") from error
+        found = s3.for_other_machines()
+    except (BotoCoreError, ValueError):
+        return {}  # said where S3 is used, if it is
+    return {name: value for name, value in found.items() if name not in given}
 
 
 def has_gpus(compute: ComputeConfig) -> bool:

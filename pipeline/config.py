@@ -5,6 +5,7 @@ artifact's fingerprint, so moving a run to other machines never changes what it 
 """
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
@@ -29,14 +30,38 @@ __all__ = ["CONFIGS", "ConfigError", "Recipe", "Settings", "digest_of", "flatten
 EVALUATION_SCALES = (1, 2, 3, 4, 8)
 
 
+class S3Config(Settings):
+    """Buckets that are read in another way than by this process's credentials; the rest is AWS's own settings."""
+
+    anonymous: tuple[str, ...] = Field(
+        (),
+        description="names or globs of public buckets, read without credentials; with those in $HATCHERY_S3_ANONYMOUS",
+    )
+    requester_pays: tuple[str, ...] = Field(
+        (),
+        description="names or globs of buckets that bill who reads them, which is agreed to; with those in "
+        "$HATCHERY_S3_REQUESTER_PAYS",
+    )
+
+
 class StorageConfig(Settings):
-    """Where artifacts are kept."""
+    """Where artifacts are kept, and how S3 is reached."""
 
     uri: str = Field(
         "runs",
         description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
         "and in a Ray job its path absolute",
     )
+    s3: S3Config = S3Config()
+
+    @field_validator("uri")
+    @classmethod
+    def _without_empty_parts(cls, uri: str) -> str:
+        """Keys with empty parts are other people's: here, one is a variable that was not set."""
+        key = uri.removeprefix("s3://")
+        if uri != key and "//" in key:
+            raise ValueError(f"{uri!r} has an empty part: write {'s3://' + re.sub('/+', '/', key)!r}")
+        return uri
 
 
 class TrackingConfig(Settings):
@@ -229,7 +254,7 @@ class PhaseConfig(Settings):
     minutes: float | None = Field(
         None,
         gt=0,
-        description="instead of steps: as many as fit, measured until the first milestone, then fixed; see pipeline.budget",
+        description="instead of steps: as many as fit, measured until the first milestone, then fixed; pipeline.budget",
     )
     global_batch: int = Field(32, ge=1, description="samples per optimizer step over all processes")
     patch_px: int = Field(64, ge=8, description="side of the square low-resolution crop")
@@ -242,7 +267,7 @@ class PhaseConfig(Settings):
     gamma: float = Field(0.5, gt=0, le=1, description="factor on the learning rate at each milestone")
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise; needed after start: bicubic")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights")
-    loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    loss: Literal["l1", "l2", "charbonnier"] = Field("l1", description="between the network's pixels and the true ones")
     perceptual: PerceptualConfig | None = Field(None, description="a loss of deep features as well; null: none")
     adversarial: AdversarialConfig | None = Field(None, description="a discriminator's loss as well; null: none")
     grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
@@ -289,7 +314,9 @@ class PhaseConfig(Settings):
 
     def milestones_of(self, steps: int | None) -> list[float]:
         """The milestones in steps of a training of `steps`; without shares while that is not known."""
-        return [at if isinstance(at, int) else at * steps for at in self.milestones if isinstance(at, int) or steps]
+        if steps is None:
+            return [at for at in self.milestones if isinstance(at, int)]
+        return [at if isinstance(at, int) else at * steps for at in self.milestones]
 
     @property
     def first_milestone_share(self) -> float:
@@ -333,7 +360,7 @@ class PhaseConfig(Settings):
 class TrainingConfig(Settings):
     """One node of the recipe's graph: a network of one scale, trained in one phase."""
 
-    scale: Literal[1, 2, 3, 4, 8]
+    scale: Literal[1, 2, 3, 4, 8] = Field(description="upscaling factor; 1: restoration without upscaling")
     phase: str = Field(description="name of the phase in `phases`")
     init_from: str | None = Field(None, description="an earlier training to start from; other scale: a cascade stage")
     init_weights: str | None = Field(
@@ -343,7 +370,7 @@ class TrainingConfig(Settings):
         "published",
         description="without init_from: the paper's random start, or bicubic interpolation exactly",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the network's random start and of what drop path drops")
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
@@ -378,13 +405,31 @@ class CascadeConfig(Settings):
     tail: Literal["fresh", "bicubic", "resample"] = Field("resample", description="what becomes of the upsampler")
 
 
+class HoldOutConfig(Settings):
+    """Images of a set in `data` that judge and never train; their names decide which (pipeline.hold_out)."""
+
+    data: str = Field(description="name of the set in `data` that they are taken from")
+    share: float = Field(0.1, gt=0, lt=1, description="of the set's images")
+    min_images: int = Field(2, ge=1, description="at least so many")
+    max_images: int = Field(8, ge=1, description="at most so many")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "HoldOutConfig":
+        if self.min_images > self.max_images:
+            raise ValueError(f"min_images {self.min_images} is above max_images {self.max_images}: lower it")
+        return self
+
+
 class EvaluateConfig(Settings):
     """Benchmarks by the published protocol."""
 
     sets: dict[Name, str] = Field(
         default_factory=dict,
-        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2, or SelfExSR's), images, or "
-        "photographs:",
+        description="name -> folder with HR/ and LR_bicubic/X2 ... (or GTmod12/, LRbicx2), of SelfExSR's layout, or of "
+        "images; or photographs:",
+    )
+    hold_out: dict[str, HoldOutConfig] = Field(
+        default_factory=dict, description="name -> images of a training set that judge instead of training"
     )
     include: dict[str, tuple[str, ...]] = Field(default_factory=dict, description="name -> glob patterns of its images")
     degrade: dict[str, tuple[Step, ...]] = Field(
@@ -426,7 +471,7 @@ class Places(Settings):
 class Recipe(Places):
     """Everything about one run of the pipeline."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200)]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200, description="of the run in MLflow")]
     seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
     model: ModelConfig
     data: dict[Name, DataConfig]
@@ -482,7 +527,13 @@ class Recipe(Places):
     @property
     def digest(self) -> str:
         """sha256 of what is trained, without where."""
-        return digest_of(self.model_dump(mode="json", exclude={"storage", "tracking", "compute"}))
+        values = self.model_dump(mode="json", exclude={"storage", "tracking", "compute"})
+        for phase in values["phases"].values():
+            if phase["minutes"] is None:
+                del phase["minutes"]  # runs of before there was the key are found again
+        if not values["evaluate"]["hold_out"]:
+            del values["evaluate"]["hold_out"]
+        return digest_of(values)
 
 
 def _check_references(recipe: Recipe) -> None:
@@ -511,9 +562,9 @@ def _check_references(recipe: Recipe) -> None:
             raise ValueError(f"{name!r} is in data and in mixes: give the mix another name")
     for name, phase in recipe.phases.items():
         if phase.data not in (*recipe.data, *recipe.mixes):
-            known = (*recipe.data, *recipe.mixes)
-            meant = did_you_mean(phase.data, known)
-            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(known)}{meant}")
+            sets = (*recipe.data, *recipe.mixes)
+            meant = did_you_mean(phase.data, sets)
+            raise ValueError(f"phases.{name}.data {phase.data!r} is not one of data: {', '.join(sets)}{meant}")
 
 
 def check_batch(key: str, phase: PhaseConfig, compute: ComputeConfig) -> None:
@@ -548,7 +599,8 @@ def _check_crops(recipe: Recipe) -> None:
 
 
 def _check_evaluation(recipe: Recipe) -> None:
-    sets = recipe.evaluate.sets
+    _check_hold_out(recipe)
+    sets = [*recipe.evaluate.sets, *recipe.evaluate.hold_out]
     for name in recipe.evaluate.models:
         if name not in recipe.trainings:
             known, meant = ", ".join(recipe.trainings), did_you_mean(name, recipe.trainings)
@@ -579,6 +631,15 @@ def _check_evaluation(recipe: Recipe) -> None:
                 f"{scales.count(scale)} trainings of scale {scale} are final ({', '.join(recipe.final_trainings)}), "
                 f"but one model per scale is registered: choose by evaluate.models"
             )
+
+
+def _check_hold_out(recipe: Recipe) -> None:
+    for name, held in recipe.evaluate.hold_out.items():
+        if name in recipe.evaluate.sets:
+            raise ValueError(f"{name!r} is in evaluate.sets and in evaluate.hold_out: give one of them another name")
+        if held.data not in recipe.data:
+            known, meant = ", ".join(recipe.data), did_you_mean(held.data, recipe.data)
+            raise ValueError(f"evaluate.hold_out.{name}.data {held.data!r} is not one of data: {known}{meant}")
 
 
 def _check_networks(recipe: Recipe) -> None:
@@ -615,4 +676,9 @@ def tracking_uri(places: Places) -> str:
             f"give --set tracking.uri=http://host:5000 or MLFLOW_TRACKING_URI"
         )
     folder = storage.normalise(places.storage.uri)
-    return f"sqlite:///{folder.replace('%', '%25').replace('?', '%3F')}/mlflow.db"  # as SQLAlchemy spells a path
+    if re.search(r"\?|%[0-9A-Fa-f]{2}", folder):
+        raise ConfigError(
+            f"storage.uri {places.storage.uri!r} has ? or %.. in its name, which MLflow takes for more than a name: "
+            f"call the folder something else, or give tracking.uri"
+        )
+    return f"sqlite:///{folder}/mlflow.db"

@@ -41,9 +41,14 @@ def shipped(folder: str) -> list[str]:
     return sorted(file.stem for file in (CONFIGS / folder).glob("[!_]*.yaml"))
 
 
+def _at_home(path: str | Path) -> Path:
+    """With ~ and ~user for their folders; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 def find(name: str, folder: str) -> Path:
     """A config's file by its path, or by the name of a shipped one. ConfigError where there is none."""
-    for candidate in (Path(name).expanduser(), CONFIGS / folder / f"{name}.yaml"):
+    for candidate in (_at_home(name), CONFIGS / folder / f"{name}.yaml"):
         if _is_file(candidate):
             return candidate
     known = shipped(folder)
@@ -131,7 +136,7 @@ def _is_file(path: Path) -> bool:
 
 def _read(kind: Any, file: Path, folder: str, parents: tuple[Path, ...]) -> Any:
     """A YAML file on top of those that its `extends` names, in their order."""
-    file = file.expanduser().resolve()
+    file = _at_home(file).resolve()
     if file in parents:
         raise ConfigError(f"{file} extends itself through {' -> '.join(str(p) for p in (*parents, file))}")
     if not _is_file(file):
@@ -196,7 +201,7 @@ def _find_base(base: str, file: Path, folder: str) -> Path:
     found = [
         candidate
         for place in (file.parent, CONFIGS / folder, CONFIGS)
-        for candidate in (place / Path(base).expanduser(), place / f"{base}.yaml")
+        for candidate in (place / _at_home(base), place / f"{base}.yaml")
         if _is_file(candidate)
     ]
     for candidate in found:  # a file of one's own may be called as what it extends

@@ -8,7 +8,7 @@ import pickle
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -74,7 +74,7 @@ class _Worker:
 
 def in_order(
     jobs: Sequence[Any], devices: Sequence[torch.device], network: nn.Module, work: Work
-) -> Iterator[tuple[Any, Any, torch.device | None]]:
+) -> Generator[tuple[Any, Any, torch.device], None, None]:
     """(job, result or error, device) in the order of the jobs, each as soon as those before it are done.
 
     `network` is on the CPU. Closing the iterator ends the processes; jobs that are not begun are left.
@@ -87,7 +87,7 @@ def in_order(
         idle.put(worker)
     stop = threading.Event()
 
-    def do(job: Any) -> tuple[Any, torch.device | None]:
+    def do(job: Any) -> tuple[Any, torch.device]:
         worker = idle.get()
         try:
             return (None if stop.is_set() else worker(job)), worker.device
@@ -98,7 +98,7 @@ def in_order(
 
     pool = ThreadPoolExecutor(len(workers))
     try:
-        futures: list[Future[tuple[Any, torch.device | None]]] = [pool.submit(do, job) for job in jobs]
+        futures: list[Future[tuple[Any, torch.device]]] = [pool.submit(do, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
             yield job, *future.result()
     finally:

@@ -113,6 +113,8 @@ class DomainConfig(Places):
 
     @model_validator(mode="after")
     def _sets_are_known(self) -> "DomainConfig":
+        if self.evaluate.hold_out:
+            raise ValueError("evaluate.hold_out is for recipes: a domain has hold_out_share, remove it")
         if self.name in self.evaluate.sets:
             raise ValueError(f"evaluate.sets.{self.name} has the domain's name, which its hold-out takes: rename it")
         known = [self.name, *self.evaluate.sets]

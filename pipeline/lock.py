@@ -21,6 +21,7 @@ from pipeline import signals
 
 HEARTBEAT_S = 5.0
 STALE_AFTER_S = 30.0
+_BEING_WRITTEN_S = 2.0  # how long an empty file may still be a lock that is being written
 
 
 class LockedError(ValueError):
@@ -86,11 +87,8 @@ class StorageLock:
 
     def _read(self) -> dict[str, Any] | None:
         """What the lock file says; None where there is none."""
-        try:
-            content = storage.read_bytes(self.uri)
-        except storage.StorageError:
-            if storage.exists(self.uri):
-                raise
+        content = self._read_bytes()
+        if content is None:
             return None
         try:
             record = json.loads(content)
@@ -99,6 +97,20 @@ class StorageLock:
         if not isinstance(record, dict) or not self.record.keys() <= record.keys():
             raise LockedError(f"{self.uri} is not a lock file: delete it if no run uses this storage")
         return record
+
+    def _read_bytes(self) -> bytes | None:
+        """The lock file; where there are no hard links, it is empty for a moment before its owner has written it."""
+        until = time.monotonic() + _BEING_WRITTEN_S
+        while True:
+            try:
+                content = storage.read_bytes(self.uri)
+            except storage.StorageError:
+                if storage.exists(self.uri):
+                    raise
+                return None
+            if content or time.monotonic() > until:
+                return content
+            time.sleep(0.05)
 
     def _take_over_or_refuse(self, until: float) -> None:
         """Return where the lock is free to be tried again; LockedError where its owner lives beyond `until`."""

@@ -26,6 +26,7 @@ CA, CLIENT_CERT, INSECURE = (
 Kind = TypeVar("Kind", bound=BaseException)
 _ENDPOINT = "/api/2.0/mlflow/experiments/search"
 _TIMEOUT_S = 10  # for an answer to the first question of all; no second try
+_ASKS_FOR_CERTIFICATE = f"if it asks for a certificate, set {CLIENT_CERT} to yours with its key"
 _HOST_REFUSED = "Invalid Host header"  # MLflow's own words: only they tell its host check from a proxy's 403
 
 
@@ -142,8 +143,8 @@ def _why_unreachable(error: BaseException, uri: str) -> str:
     if _first(chain, requests.Timeout) or _first(chain, urllib3.exceptions.TimeoutError):
         return f"does not answer within {_TIMEOUT_S} s: start the server, open the way to it, or correct tracking.uri"
     if _first(chain, requests.ConnectionError):
-        remedy = "https://" if uri.lower().startswith("http://") else "http://"
-        return f"breaks off without an answer: see its log, or write {remedy} if that is what it speaks"
+        remedy = "write https:// if that is what it speaks" if uri[:5].lower() == "http:" else _ASKS_FOR_CERTIFICATE
+        return f"breaks off without an answer: see its log; {remedy}"
     text = without_secrets(" ".join(str(chain[-1]).split()))[:300]
     return f"cannot be asked: {text}; correct {_settings_at_fault(text)}"
 
@@ -158,12 +159,10 @@ def _tls_fault(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         why = error.verify_message
         return f"has a certificate that is not trusted ({why}): set {CA} to its CA's file, or {INSECURE}=true"
-    code = (error.reason or str(error)).replace("_", " ").lower()
+    code = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()
     if "wrong version number" in code or "http request" in code or "record layer" in code:
         return "does not speak TLS: write http://"
-    if "alert" in code:
-        return f"breaks off TLS ({code}): if it asks for a certificate, set {CLIENT_CERT} to yours with its key"
-    return f"cannot be reached by TLS ({code}): see its log; {CA} and {CLIENT_CERT} must be PEM files"
+    return f"breaks off TLS ({code}): {_ASKS_FOR_CERTIFICATE}; {CA} must be a PEM file"
 
 
 def _behind(error: BaseException) -> Iterator[BaseException]:

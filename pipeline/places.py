@@ -1,6 +1,5 @@
-"""Which places a run may keep its results at: none that vanish with a Ray job, none that its nodes do not share."""
+"""Which places a run may keep its results at: none that the nodes of its cluster do not share."""
 
-import os
 import time
 import uuid
 
@@ -9,71 +8,56 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_prep import storage
-from pipeline.config import ConfigError, Places
-
-IN_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray's job supervisor in the environment of a job's driver, and nowhere else."""
-
-
-def check_lasting(places: Places) -> None:
-    """ConfigError for a relative path inside a Ray job, whose working folder Ray removes some time after the job."""
-    if IN_RAY_JOB not in os.environ:
-        return
-    tracking = places.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
-    for key, uri, remedy in (
-        ("storage.uri", places.storage.uri, "s3://bucket/prefix or the absolute path of a folder that all nodes share"),
-        ("tracking.uri", tracking, "http://host:5000 or the absolute path of a database, sqlite:////path"),
-    ):
-        if _is_relative(uri):
-            raise ConfigError(
-                f"{key} {uri!r} is a relative path, and this is a Ray job ({IN_RAY_JOB} is set): its working folder is "
-                f"removed after the job; use {remedy}"
-            )
-
-
-def _is_relative(uri: str) -> bool:
-    if uri.startswith("sqlite:///"):
-        return not uri.startswith("sqlite:////")
-    return bool(uri) and "://" not in uri and not os.path.isabs(os.path.expanduser(uri))
 
 
 def check_shared(uri: str) -> None:
-    """ValueError where a local storage URI is another folder on some node of the cluster than here."""
+    """ValueError where storage.uri is another place on some node of the cluster than here, or is out of its reach."""
     here = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here}
-    if not others or not storage.is_local(uri):
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if storage.is_local(uri):
+        nodes.pop(here, None)  # a bucket is asked for here, too: Ray's processes need not have our variables
+    if not nodes:
         return
     probe = storage.join(uri, f"probe-{uuid.uuid4().hex}")
     storage.write_bytes(probe, b"")
     try:
-        answers = {node: _on(node).remote(probe) for node in others}
-        blind = [others[node]["NodeManagerAddress"] for node, answer in answers.items() if not _answer(answer)]
+        answers = {address: _on(node).remote(probe) for node, address in nodes.items()}
+        blind = {address: why for address, answer in answers.items() if (why := _answer(answer))}
     finally:
         storage.delete(probe)
-    if blind:
+    if not blind:
+        return
+    if storage.is_local(uri):
         raise ValueError(
             f"storage.uri {uri!r} is not the same folder on {', '.join(blind)} as on the driver's node: "
             f"use s3://bucket/prefix, or a folder that all nodes share"
         )
+    raise ValueError(
+        f"storage.uri {uri!r} is not seen from {', '.join(blind)} as from here ({next(iter(blind.values()))}): give "
+        f"the nodes the same S3, by the AWS_* variables of `ray job submit --runtime-env-json` or a profile on each"
+    )
 
 
 def _on(node: str) -> "ray.remote_function.RemoteFunction":
     strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_sees)
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_fault)
 
 
-def _sees(uri: str, patience_s: float = 5) -> bool:
-    """Whether a file is there; network file systems may take a moment."""
+def _fault(uri: str, patience_s: float = 5) -> str:
+    """Why a file is not seen, empty where it is; network file systems may take a moment."""
     deadline = time.monotonic() + patience_s
-    while not storage.exists(uri):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
-
-
-def _answer(reference: "ray.ObjectRef[bool]") -> bool:
     try:
-        return bool(ray.get(reference, timeout=300))
+        while not storage.exists(uri):
+            if time.monotonic() > deadline:
+                return "it is not there"
+            time.sleep(0.2)
+    except storage.StorageError as error:
+        return str(error)
+    return ""
+
+
+def _answer(reference: "ray.ObjectRef[str]") -> str:
+    try:
+        return str(ray.get(reference, timeout=300))
     except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
-        return True  # gone in the meantime: nothing will run there
+        return ""  # gone in the meantime: nothing will run there

@@ -46,6 +46,14 @@ class Planned:
     artifact: Artifact | None
 
 
+@dataclass
+class Amount:
+    """How much a source holds."""
+
+    images: int = 0
+    bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Outside:
     """Fingerprints of what a recipe reads from outside its storage, by name in the recipe."""
@@ -55,6 +63,8 @@ class Outside:
     weights: dict[str, str]
     backbones: dict[str, str] = field(default_factory=dict)
     """Of perceptual losses, by phase."""
+    amounts: dict[str, Amount] = field(default_factory=dict)
+    """Of data and benchmark sets; no fingerprint asks for them."""
 
 
 def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
@@ -69,7 +79,7 @@ def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
         stages += _training_stages(recipe, name, outside)
     finals = recipe.final_trainings
     # without steps as it was before there were any: evaluations of then still count
-    unsaid = {"sets", "models"} | (set() if recipe.evaluate.degrade else {"degrade"})
+    unsaid = {"sets", "models", "hold_out"} | (set() if recipe.evaluate.degrade else {"degrade"})
     evaluate = recipe.evaluate.model_dump(mode="json", exclude=unsaid)
     stages.append(Stage("evaluate", "evaluate", "evaluate", tuple(finals), evaluate | {"sets": outside.sets}))
     registry = recipe.registry.model_dump(mode="json")

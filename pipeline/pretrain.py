@@ -8,97 +8,47 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__" and sys.path[0] != str(ROOT):
-    # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
-    sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    if sys.path[0] != str(ROOT):
+        # Run as a script, Python looks for modules in pipeline/ itself: look in the project instead.
+        sys.path[0] = str(ROOT)
+    from pipeline.cli import main
+
+    main(["pretrain", *sys.argv[1:]])  # ends the process, and imports what follows only for a run
 
 import functools  # noqa: E402
 import tempfile  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
 
 from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from data_prep import sources, storage  # noqa: E402
-from data_prep.layouts import training_items  # noqa: E402
-from pipeline import cascade, cluster, places, plan, report, stages  # noqa: E402
+from data_prep import storage  # noqa: E402
+from pipeline import cluster, places, plan, report, stages, survey  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
-from pipeline.benchmark import set_fingerprint  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
 from pipeline.errors import describe_os_error  # noqa: E402
 from pipeline.lock import StorageLock  # noqa: E402
-from pipeline.objective import check_backbones  # noqa: E402
-from pipeline.plan import Outside, Planned, Stage  # noqa: E402
+from pipeline.plan import Stage  # noqa: E402
 from pipeline.progress import Display  # noqa: E402
+from pipeline.survey import Choice  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
 
 SHARD_PATIENCE_S = 12 * 3600.0  # how long another run that makes the same shards is waited for
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which stages to run: names or groups."""
-
-    stages: list[str] | None = None
-    first: str | None = None
-    last: str | None = None
-
-
-def survey(recipe: Recipe) -> Outside:
-    """Fingerprints of what the recipe reads from outside; ValueError for what is not there."""
-    used = {name: data for name, data in recipe.data.items() if name in recipe.used_data}
-    for name in recipe.evaluate.sets:
-        for scale in recipe.scales_judged(name):
-            recipe.evaluate.images(name, scale)
-    return Outside(
-        {
-            name: sources.fingerprint(training_items(data.source, list(data.include), list(data.exclude)))
-            for name, data in used.items()
-        },
-        {
-            name: set_fingerprint(uri, recipe.evaluate.include.get(name, ()))
-            for name, uri in recipe.evaluate.sets.items()
-        },
-        cascade.check_published(recipe),
-        check_backbones(recipe),
-    )
-
-
 def prepare(recipe: Recipe, choice: Choice) -> tuple[list[Stage], set[str], Tracker]:
     """Everything that can be wrong before work begins is found here: sources, storage, MLflow, choice."""
-    places.check_lasting(recipe)
-    storage.check_writable(recipe.storage.uri)
-    found = plan.stages_of(recipe, survey(recipe))
-    chosen = plan.select(found, choice.stages, choice.first, choice.last)
+    found, chosen, _ = survey.prepare(recipe, choice)
     return found, chosen, Tracker(recipe)
-
-
-def dry_run(recipe: Recipe, choice: Choice, console: Console) -> None:
-    """Print which stages are done and which would run, with their steps."""
-    recipe = cascade.pinned(recipe)
-    found, chosen, tracker = prepare(recipe, choice)
-    planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
-    width = max(len(entry.stage.name) for entry in planned)
-    for entry in planned:
-        console.print(_plan_line(entry, width), soft_wrap=True, markup=False, highlight=False)
-    steps = sum(entry.stage.steps for entry in planned if entry.action == "run")
-    running = sum(entry.action == "run" for entry in planned)
-    console.print(f"{running} of {len(planned)} stages to run, {steps} training steps", markup=False, highlight=False)
-
-
-def _plan_line(entry: Planned, width: int) -> str:
-    what = {"done": "done", "run": "run ", "skip": "not selected"}[entry.action]
-    steps = f"  {entry.stage.length}" if entry.stage.length else ""
-    after = f"  after {', '.join(entry.stage.inputs)}" if entry.stage.inputs and not entry.artifact else ""
-    where = f"  {entry.artifact.uri}" if entry.artifact else ""
-    return f"{entry.stage.name:{width}}  {what}{steps}{where}{after}"
 
 
 def run(
     recipe: Recipe, choice: Choice, console: Console, address: str | None = None, debug: bool = False
 ) -> dict[str, Artifact]:
     """Run the chosen stages of a recipe, on a Ray cluster only if there is something to do; all that are finished."""
-    recipe = cascade.pinned(recipe)
+    recipe, said = survey.settled(recipe)
+    for line in said:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     found, chosen, tracker = prepare(recipe, choice)
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     try:
@@ -209,9 +159,3 @@ def _conclude(recipe: Recipe, artifacts: dict[str, Artifact], tracker: Tracker, 
     lines.append(f"MLflow: {tracker.how_to_look}")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    from pipeline.cli import main
-
-    main(["pretrain", *sys.argv[1:]])

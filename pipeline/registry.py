@@ -61,16 +61,16 @@ def register(
                     code_paths=[str(ROOT / "model")],
                     signature=False,  # arrays of several kinds and base64 text: the model itself checks what it gets
                     input_example=np.zeros((1, 8, 8, 3), np.uint8),
-                    pip_requirements=_requirements(),
+                    pip_requirements=requirements(),
                 )
         found = mlflow.register_model(logged.model_uri, name, tags=tags)
     client.set_registered_model_alias(name, "candidate", found.version)
     return found
 
 
-def _requirements() -> list[str]:
+def requirements() -> list[str]:
     """What the package `model` imports, at the versions that the model was made with."""
-    packages = ("mlflow", "torch", "numpy", "pillow", "safetensors", "imagecodecs", "tifffile")
+    packages = ("mlflow", "torch", "numpy", "pillow", "safetensors", "imagecodecs", "tifffile", "scipy")
     return [f"{package}=={version(package).split('+')[0]}" for package in packages]
 
 
@@ -93,7 +93,9 @@ def fetch_model(client: MlflowClient, uri: str, folder: Path) -> tuple[Path, dic
         raise ValueError(f"{uri} cannot be had: {describe_os_error(error, 'its files are gone')}") from error
     weights, options = folder / "artifacts" / "weights.pth", folder / "artifacts" / "options.json"
     if not weights.is_file() or not options.is_file():
-        raise ValueError(f"{uri} was not registered by Hatchery: it holds no artifacts/weights.pth and options.json")
+        raise ValueError(
+            f"{uri} was not registered by Hatchery, or its files are gone: no weights.pth and options.json"
+        )
     return weights, json.loads(options.read_text())
 
 

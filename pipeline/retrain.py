@@ -33,7 +33,7 @@ from data_prep.image_files import PassedOver  # noqa: E402
 from data_prep.layouts import training_items  # noqa: E402
 from data_prep.uri import printable  # noqa: E402
 from model.weights import read_weights, recognise  # noqa: E402
-from pipeline import places, pretrain, registry, tracking  # noqa: E402
+from pipeline import pretrain, registry, tracking  # noqa: E402
 from pipeline.config import (  # noqa: E402
     ConfigError,
     DataConfig,
@@ -46,9 +46,11 @@ from pipeline.config import (  # noqa: E402
 )
 from pipeline.domain import MIX, PHASE, DomainConfig  # noqa: E402
 from pipeline.held_out import judging_among, judging_images, patterns_of_judging  # noqa: E402
+from pipeline.lasting import check_lasting  # noqa: E402
 from pipeline.ledger import Ledger, NewImage, Round, with_roles  # noqa: E402
 from pipeline.lock import LockedError, StorageLock  # noqa: E402
 from pipeline.settings import explain  # noqa: E402
+from pipeline.survey import Choice  # noqa: E402
 
 DAY_S = 86_400
 
@@ -61,7 +63,7 @@ def run(
     now: retrain on whatever is new, however little.
     """
     say = _speaker(console)
-    places.check_lasting(domain)
+    check_lasting(domain)
     storage.check_writable(domain.storage.uri)
     ledger = Ledger(domain.storage.uri, domain.name)
     with ExitStack() as stack:
@@ -80,7 +82,7 @@ def run(
         recipe = round_recipe(domain, ledger, client, rounds, say)
         if not opened:
             ledger.open(rounds[-1])
-        finished = pretrain.run(recipe, pretrain.Choice(), console, address, debug)
+        finished = pretrain.run(recipe, Choice(), console, address, debug)
         (decision,) = finished["promote"].info["decisions"].values()
         outcome = {"round": rounds[-1].number, "start": rounds[-1].start, **decision}
         ledger.close(rounds[-1].number, outcome)

@@ -178,12 +178,12 @@ def run(
     devices = list(devices)[: len(jobs)] or [network.conv_first.weight.device]
     precision = resolve_precision(options.precision, devices[0])
     upscaler = options.upscaler(network)  # refuses what cannot be, before any image
+    bound_threads()
     with Display(console) as display:
         display.say(f"{name}: {network.arch} x{network.scale}, {precision} on {', '.join(map(_called, devices))}")
         if note := emulation_note(options.precision, devices[0]):
             display.say(f"      {note}")
         if len(devices) == 1:
-            bound_threads()
             return _run_here(jobs, upscaler, wanted, display)
         return _run_shared(jobs, network, options, wanted, devices, display)
 

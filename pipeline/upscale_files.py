@@ -68,13 +68,20 @@ def plan(source: str, target: str, naming: Naming | None = None, passed_over: Pa
     A folder's images keep their names and places below the target; a single one may be given a folder, too. What is
     no image is counted in `passed_over`.
     """
-    naming, passed_over = naming or Naming(), PassedOver() if passed_over is None else passed_over
-    into = Path(target)
-    _refuse_unwritable(into)
+    if not source or not target:
+        raise ValueError(f"{'OUT' if source else 'IN'} is empty: name an image or a folder ('.' is this one)")
+    try:
+        return _planned(source, target, naming or Naming(), PassedOver() if passed_over is None else passed_over)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ValueError(f"{error.filename or target} cannot be looked at: {error.strerror or error}") from error
+
+
+def _planned(source: str, target: str, naming: Naming, passed_over: PassedOver) -> Plan:
+    _refuse_unwritable(Path(target))
     if Path(source).is_dir():
         made = _of_folder(Path(source), target, naming, passed_over)
     elif Path(source).is_file():
-        made = Plan([_of_file(Path(source), target, naming)])
+        made = _of_file(Path(source), target, naming)
     elif os.path.lexists(source) and not os.path.exists(source):
         raise ValueError(f"{source} is a link to what is not there: name an image or a folder of images")
     elif os.path.exists(source):
@@ -85,12 +92,13 @@ def plan(source: str, target: str, naming: Naming | None = None, passed_over: Pa
     return made
 
 
-def _of_file(source: Path, target: str, naming: Naming) -> Job:
+def _of_file(source: Path, target: str, naming: Naming) -> Plan:
     """The job of a single image. ValueError where its result cannot be, as far as its header tells."""
-    into = Path(target)
+    into, outline, made = Path(target), _outline(source), Plan()
     if into.is_dir() or target.endswith(os.sep):
-        job = Job(source, into / _result_name(source, naming, _outline(source)))
+        job = Job(source, into / _result_name(source, naming, outline))
         _refuse_name(job.target)
+        _note_renamed([source.name] * _is_renamed(job, naming), made)
     else:
         if naming.suffix:
             raise ValueError(f"--suffix is for results in folders, and OUT names a file: {target}")
@@ -102,8 +110,9 @@ def _of_file(source: Path, target: str, naming: Naming) -> Job:
             raise ValueError(f"--format {naming.format} is not what {target} ends in: leave one of them out")
         job = Job(source, into)
     _refuse_folder(job.target)
-    _refuse_loss(job, naming, _outline(source))
-    return job
+    _refuse_loss(job, naming, outline)
+    made.jobs.append(job)
+    return made
 
 
 def _of_folder(source: Path, target: str, naming: Naming, passed_over: PassedOver) -> Plan:
@@ -122,7 +131,7 @@ def _of_folder(source: Path, target: str, naming: Naming, passed_over: PassedOve
             f"{target} is called like an image, and {source} is a folder: name a folder for its images "
             f"({target}{os.sep} if that is what it is to be called)"
         )
-    renamed = []
+    refused = []
     for path in images:
         outline = _outline(path)
         job = Job(path, into / path.relative_to(source).parent / _result_name(path, naming, outline))
@@ -132,15 +141,23 @@ def _of_folder(source: Path, target: str, naming: Naming, passed_over: PassedOve
             _refuse_loss(job, naming, outline)
         except ValueError as error:
             made.problems.append(f"{path}: {error}")
+            refused.append(path.name)
             continue
         made.jobs.append(job)
-        if naming.ending is None and job.target.suffix != path.suffix:
-            renamed.append(path.name)
-    if made.problems:
-        made.notes.append(f"cannot be done, as is told at the end: {_some(made.problems)}")
-    if renamed:
-        made.notes.append(f"written as PNG, since their endings cannot hold what they have: {_some(renamed)}")
+    if refused:
+        made.notes.append(f"cannot be done, for reasons that are told at the end: {_some(refused)}")
+    _note_renamed([job.source.name for job in made.jobs if _is_renamed(job, naming)], made)
     return made
+
+
+def _is_renamed(job: Job, naming: Naming) -> bool:
+    """Whether the result has another ending than its image, unasked."""
+    return naming.ending is None and job.target.suffix != job.source.suffix
+
+
+def _note_renamed(names: list[str], made: Plan) -> None:
+    if names:
+        made.notes.append(f"written as PNG, since the name's ending cannot hold 16 bits or alpha: {_some(names)}")
 
 
 def _without_earlier_results(images: list[Path], into: Path, source: Path, naming: Naming, made: Plan) -> list[Path]:
@@ -202,7 +219,7 @@ def _refuse_name(target: Path) -> None:
     except OSError:
         limit = LARGEST_NAME_BYTES
     if len(os.fsencode(target.name)) > limit:
-        raise ValueError(f"{target.name} has more than the {limit} bytes that a name may have: leave --suffix out")
+        raise ValueError(f"{target.name} has more than the {limit} bytes that a name may have: choose a shorter one")
 
 
 def _refuse_folder(target: Path) -> None:
@@ -218,7 +235,7 @@ def _existing(target: Path) -> Path:
 def refuse_below_a_file(target: Path) -> None:
     """ValueError where a folder that the target needs is a file."""
     for folder in target.parents:
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             raise ValueError(f"{target} cannot be written: {folder} is a file, no folder")
 
 

@@ -12,6 +12,7 @@ from data_prep.bicubic import imresize
 from model.alpha import has_alpha, spread_colour
 from model.picture import LARGEST_PX
 
+LARGEST_OUTSCALE = 1000
 Alpha = Literal["network", "bicubic", "drop"]
 Network = Callable[[NDArray[Any]], NDArray[Any]]
 """Pixels (H, W, C) -> (scale H, scale W, C) of the same type."""
@@ -36,8 +37,8 @@ class Wanted:
             raise ValueError(f"--alpha {self.alpha}: choose one of {', '.join(get_args(Alpha))}")
         if self.outscale is not None and (self.width or self.height):
             raise ValueError("--outscale and --width or --height are two sizes: give one of them")
-        if self.outscale is not None and not (0 < self.outscale < math.inf):
-            raise ValueError(f"--outscale {self.outscale}: it must be a positive number")
+        if self.outscale is not None and not 0 < self.outscale <= LARGEST_OUTSCALE:
+            raise ValueError(f"--outscale {self.outscale}: it must be a positive number, at most {LARGEST_OUTSCALE}")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"--quality {self.quality}: it goes from 1 to 100")
         for name, side in (("width", self.width), ("height", self.height)):

@@ -1,17 +1,19 @@
-"""A cloud on this machine for the main job: S3 server, MLflow server, Ray cluster of two nodes, ImageNet on S3."""
+"""A cloud on this machine for the main job: S3 server, MLflow server, Ray cluster of two nodes, photographs on S3."""
 
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from data_prep import storage
+from tests.golden_crops import SET5
 from tests.integration.servers import RayCluster, mlflow_server, ray_cluster, submit
+from tests.photographs import write_photographs
 from tests.s3_server import s3_server
-from tests.shared_data import shared
+
+SECRET = "hunter2-planted"
 
 
 @dataclass
@@ -23,34 +25,43 @@ class Cloud:
     base: str
     env: dict[str, str]
     recipe: str
+    said: list[str] = field(default_factory=list)  # by all jobs
+
+    @property
+    def signed(self) -> str:
+        """The MLflow server's address with a login in it, which must be left nowhere."""
+        return self.tracking.replace("://", f"://someone:{SECRET}@")
 
     def run(self, *arguments: str, storage_uri: str | None = None) -> "subprocess.CompletedProcess[str]":
-        places = [f"storage.uri={storage_uri or self.base + '/runs'}", f"tracking.uri={self.tracking}"]
+        places = [f"storage.uri={storage_uri or self.base + '/runs'}", f"tracking.uri={self.signed}"]
         sets = [word for place in (*places, *self.sources) for word in ("--set", place)]
-        return submit(self.cluster, "pipeline/pretrain.py", "--recipe", self.recipe, *sets, *arguments, env=self.env)
+        return self._submit("pipeline/pretrain.py", "--recipe", self.recipe, *sets, *arguments)
+
+    def _submit(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        done = submit(self.cluster, *command, env=self.env)
+        self.said += [done.stdout, done.stderr]
+        return done
 
     def retrain(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        return submit(self.cluster, "pipeline/retrain.py", *self.domain, *arguments, env=self.env)
+        return self._submit("pipeline/retrain.py", *self.domain, *arguments)
 
     @property
     def sources(self) -> list[str]:
-        return [f"data.photographs.source={self.base}/imagenet", f"evaluate.sets.Set5={shared('data/benchmark/Set5')}"]
+        return [f"data.photographs.source={self.base}/imagenet", f"evaluate.sets.Set5={SET5}"]
 
     @property
     def domain(self) -> list[str]:
         """A domain's file and what it leaves to say: images arrive on S3, its storage is there too."""
         places = [f"source={self.base}/incoming", f"replay.source={self.base}/imagenet"]
-        places += [f"storage.uri={self.base}/retrained", f"tracking.uri={self.tracking}"]
+        places += [f"storage.uri={self.base}/retrained", f"tracking.uri={self.signed}"]
         return ["tests/integration/pages.yaml", *[word for place in places for word in ("--set", place)]]
 
 
 def upload_images(base: str) -> None:
-    """Twenty ImageNet photographs in class folders, and one file that is no image."""
-    train = shared("data/imagenet-sample/train")
-    chosen = [path for path in sorted(train.rglob("*.JPEG")) if min(Image.open(path).size) >= 256][:20]
-    assert len(chosen) == 20
-    for path in chosen:
-        storage.upload(path, f"{base}/imagenet/{path.relative_to(train)}")
+    """Twenty photographs in class folders, and one file that is no image."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in write_photographs(Path(folder), 20):
+            storage.upload(path, f"{base}/imagenet/{path.relative_to(folder)}")
     storage.write_bytes(f"{base}/imagenet/n00000000/broken.JPEG", b"no image")
 
 

@@ -72,22 +72,28 @@ def running(command: list[str], env: dict[str, str], log: Path) -> Iterator[subp
 
 
 class MlflowServer:
-    """`mlflow server` on SQLite whose artifacts go straight to `artifacts`; may be stopped and started again."""
+    """`mlflow server` on SQLite whose artifacts go straight to `artifacts`; may be stopped and started again.
 
-    def __init__(self, folder: Path, artifacts: str) -> None:
+    proxied: clients send artifacts to the server, which puts them there.
+    """
+
+    def __init__(self, folder: Path, artifacts: str, proxied: bool = False) -> None:
         self.folder = folder
         self.artifacts = artifacts
+        self.proxied = proxied
         self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [str(BIN / "mlflow"), "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--no-serve-artifacts"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--artifacts-destination" if self.proxied else "--default-artifact-root", self.artifacts]
+        command += [] if self.proxied else ["--no-serve-artifacts"]
         log = self.folder / "mlflow.log"
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command, "--default-artifact-root", self.artifacts],
+                command,
                 # six processes less: nobody evaluates language models here
                 env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
                 stdout=output,

@@ -8,7 +8,6 @@ import pytest
 
 from data_prep import storage
 from tests.integration.cloud import artifact_of, running_cloud
-from tests.shared_data import shared
 
 pytestmark = [
     pytest.mark.integration,
@@ -26,7 +25,6 @@ def test_a_restoration_recipe_on_ceph(tmp_path: Path) -> None:
         uri = artifact_of(cloud, "pretrain-x1")
         assert uri.startswith("s3://")
         rows = json.loads(storage.read_bytes(f"{artifact_of(cloud, 'evaluate')}/results.json"))
-        assert shared("data/benchmark/Set5").is_dir()
         assert {row["set"] for row in rows} == {"Set5", "held-out"}
         for row in rows:
             assert row["scale"] == 1

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import mlflow
 import numpy as np
@@ -20,7 +20,7 @@ from rich.console import Console
 from model import build, load
 from model.inference import upscale
 from model.weights import save_pth
-from pipeline import lineage, pretrain, promotion, registry, report
+from pipeline import dry_run, lineage, pretrain, promotion, registry, report
 from pipeline.artifact import Artifact
 from pipeline.cli import main
 from pipeline.config import EvaluateConfig, Recipe, load_recipe
@@ -276,9 +276,9 @@ def test_both_are_judged_again_where_the_set_has_grown(store: Registry, ray_loca
     assert condition.figures.mine < 30
 
 
-@pytest.mark.parametrize("command", [pretrain.run, pretrain.dry_run])
+@pytest.mark.parametrize("command", [pretrain, dry_run])
 def test_an_alias_is_resolved_once_before_anything_reads_it(
-    store: Registry, monkeypatch: pytest.MonkeyPatch, command: Callable[..., object]
+    store: Registry, monkeypatch: pytest.MonkeyPatch, command: ModuleType
 ) -> None:
     """Else another champion's weights could be fine-tuned than the fingerprint and the lineage tell."""
     store.promote("first", result(31.0))
@@ -290,9 +290,9 @@ def test_an_alias_is_resolved_once_before_anything_reads_it(
         prepared.append(recipe)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "prepare", prepare)
+    monkeypatch.setattr(command, "prepare", prepare)
     with pytest.raises(KeyboardInterrupt):
-        command(recipe, pretrain.Choice(), Console())
+        command.run(recipe, pretrain.Choice(), Console())
     store.promote("second", result(32.0))
     artifact = Artifact(stage="pretrain-x2", uri="", fingerprint="", digest="")
     tags = lineage.tags(prepared[0], "pretrain-x2", {"pretrain-x2": artifact})
@@ -342,7 +342,7 @@ def test_names_that_lead_nowhere_are_named(store: Registry) -> None:
         with pytest.raises(ValueError, match=words.replace("not of the form", "is no registered model")):
             registry.fetch_model(store.client, uri, store.weights.parent)
     shutil.rmtree(store.weights.parent / "artifacts")
-    with pytest.raises(ValueError, match=r"^models:/m-x2/1 cannot be had: [^\n]*$"):
+    with pytest.raises(ValueError, match="models:/m-x2/1 was not registered by Hatchery, or its files are gone"):
         registry.fetch_model(store.client, "models:/m-x2/1", store.weights.parent)
     with pytest.raises(ValueError, match="carries no lineage"):
         registry.fetch(registry.resolve(store.client, "models:/m-x2/1"), "lineage.json", store.weights.parent)

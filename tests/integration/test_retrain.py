@@ -26,8 +26,10 @@ from pipeline.gate import Verdict
 from pipeline.ledger import Ledger
 from pipeline.lock import StorageLock
 from tests.domains import let_arrive, mean_psnr_y
+from tests.golden_crops import SET5
 from tests.integration.test_resume import committed
-from tests.shared_data import ROOT, shared
+from tests.photographs import write_photographs
+from tests.shared_data import ROOT
 from tests.unit.data_prep.test_loader import shard_here
 
 pytestmark = pytest.mark.integration
@@ -36,13 +38,9 @@ MARGIN_DB, TOLERANCE_DB = 0.1, 0.4
 OPTIONS = {"embed_dim": 12, "depths": [1], "num_heads": [3], "window_size": 8, "compress_ratio": 3, "squeeze_factor": 3}
 
 
-def photographs() -> list[str]:
-    return [item.uri for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:40]
-
-
 def train_general(folder: Path, steps: int = 80) -> Path:
-    """A tiny x2 network of some ImageNet photographs, from the bicubic start."""
-    items = [item for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:40]
+    """A tiny x2 network of forty photographs, from the bicubic start."""
+    items = list_items(f"{folder}/photographs")
     shards = shard_here(items, f"{folder}/general", ShardSettings(samples_per_shard=20))
     torch.manual_seed(0)
     network = build("hat", 2, **OPTIONS)
@@ -66,7 +64,7 @@ class Domain:
     def __init__(self, folder: Path) -> None:
         self.incoming, self.file = folder / "incoming", folder / "text.yaml"
         self.incoming.mkdir()
-        (folder / "replay.txt").write_text("\n".join(photographs()))
+        (folder / "replay.txt").write_text("\n".join(map(str, write_photographs(folder / "photographs"))))
         self.file.write_text(yaml.safe_dump(self.config(folder)))
         self.client = tracking.connect_default(f"sqlite:///{folder}/runs/mlflow.db")
         weights = train_general(folder)
@@ -94,7 +92,7 @@ class Domain:
                 **{"steps": 50, "global_batch": 8, "patch_px": 24, "lr": 5e-4, "warmup_steps": 10, "milestones": [35]},
                 **{"ema_decay": 0.9, "checkpoint_every": 10, "log_every": 10, "cache_decoded_bytes": 100_000_000},
             },
-            "evaluate": {"sets": {"Set5": str(shared("data/benchmark/Set5"))}, "pictures": 0},
+            "evaluate": {"sets": {"Set5": str(SET5)}, "pictures": 0},
             "gate": {"better": {"text": MARGIN_DB}, "not_worse": {"Set5": TOLERANCE_DB}, "decide_by": "mean"},
             "storage": {"uri": f"{folder}/runs"},
             "compute": {"num_workers": 1, "micro_batch": 8},
@@ -251,7 +249,7 @@ def check_registry(domain: Domain) -> None:
 
 def check_gain(domain: Domain) -> None:
     """The champion of now against the first, both on today's hold-out and Set5: better by the margin, lost little."""
-    sets = {"text": domain.ledger.hold_out_uri, "Set5": str(shared("data/benchmark/Set5"))}
+    sets = {"text": domain.ledger.hold_out_uri, "Set5": str(SET5)}
     first, last = (domain.client.get_model_version("tiny-x2", number) for number in ("1", domain.champion()))
     gains = {name: mean_psnr_y(last, uri) - mean_psnr_y(first, uri) for name, uri in sets.items()}
     assert gains["text"] > MARGIN_DB, gains

@@ -7,7 +7,6 @@ import pickle
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,18 +14,10 @@ from model import build, load
 from model.blocks import UpscalingNetwork
 from model.losses import build_loss
 from model.weights import recognise, save_pth, save_safetensors
-from tests.shared_data import shared
+from tests.golden_cases import CASES, GOLDEN, Golden, Sketch, golden, golden_network, options
 
-CASES: dict[str, dict[str, Any]] = {
-    "hat_x2_w16": {},
-    "hat_x3_w8": {},
-    "hat_x4_w16": {},
-    "hmanet_x2_w16": {},
-    "hmanet_x4_w8": {"interval_size": 2},
-}
-"""Golden cases, all on non-square input, with the arguments that the weights do not show."""
-NOISE = 1e-8
-"""Gradients of at most 0.2 are compared; what is zero but for rounding (see `gradient_errors`) is below this."""
+UNSEEN: dict[str, dict[str, Any]] = {"hmanet_x4_w8": {"interval_size": 2}}
+"""Arguments that the weights do not show."""
 SIZES = {"hat_s": "HAT-S", "hat": "HAT", "hat_l": "HAT-L", "hmanet": "HMANet"}
 PARAMETERS = {
     "hat_s": {2: 9_473_471, 3: 9_658_111, 4: 9_621_183},
@@ -37,118 +28,103 @@ PARAMETERS = {
 PUBLISHED = [(arch, scale) for arch in SIZES for scale in (2, 3, 4)]
 
 
-def golden_network(case: str, **overrides: Any) -> UpscalingNetwork:
-    return load(shared(f"golden/{case}.pth"), **(CASES[case] | overrides))
-
-
-def golden(case: str) -> tuple[UpscalingNetwork, dict[str, torch.Tensor]]:
-    arrays = np.load(shared(f"golden/{case}.npz"))
-    return golden_network(case), {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-
-
-def gradient_errors(network: UpscalingNetwork, values: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Per parameter the largest difference from the published gradient, relative to its largest entry.
-
-    HMANet's golden cases have position networks one channel wide, whose layer norm makes the same bias of every
-    offset: their gradients are zero but for rounding, and compared as such.
-    """
+def gradient_errors(network: UpscalingNetwork, values: Golden) -> dict[str, float]:
+    """Per parameter the largest difference from the published gradient, relative to its largest entry."""
     errors = {}
     for name, parameter in network.named_parameters():
-        expected = values[f"grad:{name}"]
         assert parameter.grad is not None
-        size = max(expected.abs().max().item(), NOISE / 1e-4)
-        errors[name] = (parameter.grad - expected).abs().max().item() / size
+        errors[name] = values.gradients[name].error(parameter.grad)
     return errors
 
 
-def l1_slope(values: dict[str, torch.Tensor]) -> torch.Tensor:
+def l1_slope(values: Golden) -> torch.Tensor:
     """Gradient of the mean L1 loss at the published output.
 
     At the network's own output a few pixels within 1e-6 of the target would change their sign in fp32.
     """
-    return (values["y"] - values["target"]).sign() / values["y"].numel()
+    return (values.y - values.target).sign() / values.y.numel()
 
 
 @cache
 def published_shapes() -> dict[str, Any]:
-    with gzip.open(shared("golden/official_state_dict_shapes.json.gz"), "rt") as file:
+    with gzip.open(GOLDEN / "official_state_dict_shapes.json.gz", "rt") as file:
         return json.load(file)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_loss(case: str) -> None:
-    network, values = golden(case)
+    network, values = golden_network(case), golden(case)
     with torch.no_grad():
-        out = network(values["x"])
-    assert (out - values["y"]).abs().max() <= 1e-5
-    assert build_loss("l1")(out, values["target"]).item() == pytest.approx(values["loss"].item(), abs=1e-6)
+        out = network(values.x)
+    assert (out - values.y).abs().max() <= 1e-5
+    assert build_loss("l1")(out, values.target).item() == pytest.approx(values.loss, abs=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("checkpoint", ["none", "block"])
 def test_gradients(case: str, checkpoint: str) -> None:
-    _, values = golden(case)
+    values = golden(case)
     network = golden_network(case, checkpoint=checkpoint)
-    network(values["x"]).backward(l1_slope(values))
+    network(values.x).backward(l1_slope(values))
     errors = gradient_errors(network, values)
     assert max(errors.values()) <= 1e-4, max(errors.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("case", ["hat_x2_w16", "hmanet_x2_w16"])
 def test_gradients_of_the_loss_itself_in_double(case: str) -> None:
-    network, values = golden(case)
+    network, values = golden_network(case), golden(case)
     network.double()
-    build_loss("l1")(network(values["x"].double()), values["target"].double()).backward()
+    build_loss("l1")(network(values.x.double()), values.target.double()).backward()
     assert max(gradient_errors(network, values).values()) <= 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_train_mode_without_drop_path(case: str) -> None:
-    _, values = golden(case)
+    values = golden(case)
     network = golden_network(case, drop_path_rate=0.0).train()
     with torch.no_grad():
-        assert (network(values["x"]) - values["y"]).abs().max() <= 1e-5
+        assert (network(values.x) - values.y).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["hat_x2_w16", "hmanet_x2_w16"])
 def test_train_mode_with_drop_path_differs(case: str) -> None:
-    _, values = golden(case)
+    values = golden(case)
     torch.manual_seed(0)
     network = golden_network(case, drop_path_rate=0.9).train()
     with torch.no_grad():
-        assert (network(values["x"]) - values["y"]).abs().max() > 1e-2
+        assert (network(values.x) - values.y).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("case", ["hat_x3_w8", "hmanet_x4_w8"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_output_survives_saving(case: str, suffix: str, tmp_path: Any) -> None:
-    network, values = golden(case)
+    network, values = golden_network(case), golden(case)
     path = tmp_path / f"weights{suffix}"
     if suffix == ".pth":
         save_pth(path, network.state_dict())
     else:
         save_safetensors(path, network.state_dict(), {"scale": "3"})
     with torch.no_grad():
-        assert torch.equal(load(path, **CASES[case])(values["x"]), network(values["x"]))
+        assert torch.equal(load(path, **UNSEEN.get(case, {}))(values.x), network(values.x))
 
 
 @pytest.mark.parametrize("case", ["hat_x3_w8", "hmanet_x4_w8"])
 def test_output_survives_copies(case: str) -> None:
-    network, values = golden(case)
+    network, values = golden_network(case), golden(case)
     with torch.no_grad():
-        expected = network(values["x"])
-        assert torch.equal(copy.deepcopy(network)(values["x"]), expected)
-        assert torch.equal(pickle.loads(pickle.dumps(network))(values["x"]), expected)
+        expected = network(values.x)
+        assert torch.equal(copy.deepcopy(network)(values.x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(network))(values.x), expected)
 
 
 @pytest.mark.parametrize("case", ["hat_x2_w16", "hmanet_x2_w16"])
 def test_bf16_autocast_is_near_fp32(case: str) -> None:
     """Within 2 % of the output's spread; the golden weights are random, so errors are not small as in a trained net."""
-    network, values = golden(case)
+    network, values = golden_network(case), golden(case)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = network(values["x"])
+        out = network(values.x)
     assert out.dtype == torch.float32
-    assert (out - values["y"]).abs().mean() <= 0.02 * values["y"].std()
+    assert (out - values.y).abs().mean() <= 0.02 * values.y.std()
 
 
 @pytest.mark.parametrize(("arch", "scale"), PUBLISHED)
@@ -172,17 +148,24 @@ def test_published_sizes_are_recognised(arch: str, scale: int) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_golden_arguments_are_recognised(case: str) -> None:
-    kwargs = json.loads(shared("golden/cases.json").read_text())[case]["kwargs"]
-    kwargs["scale"] = kwargs.pop("upscale")
-    config = golden_network(case).config
-    assert {name: config[name] for name in kwargs} == kwargs
+    found = recognise(golden_network(case).state_dict())
+    assert {name: found.get(name, value) for name, value in options(case).items()} == options(case)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_strict_loading_of_published_ema(case: str) -> None:
-    """Every tensor of the file is in the network afterwards, and nothing else."""
-    network, _ = golden(case)
-    file = torch.load(shared(f"golden/{case}.pth"), weights_only=True)["params_ema"]
-    state = network.state_dict()
-    assert state.keys() == file.keys()
-    assert all(torch.equal(state[key], value) for key, value in file.items())
+@pytest.mark.parametrize("case", ["hat_x2_w16", "hmanet_x4_w8"])
+def test_a_fault_anywhere_in_a_gradient_shows_in_its_sketch(case: str) -> None:
+    """One output channel missing, turned, or another one's, at entries that are not kept."""
+    network, values = golden_network(case), golden(case)
+    network(values.x).backward(l1_slope(values))
+    whole = network.get_parameter("upsample.0.weight").grad
+    assert whole is not None
+    kept = Sketch.of(whole)
+    assert kept.error(whole) == 0
+    spread = torch.linspace(0, whole.numel() - 1, len(kept.entries)).round().long()
+    unseen = torch.ones(whole.numel(), dtype=torch.bool)
+    unseen[spread] = False
+    unseen = unseen.view_as(whole)
+    for wrong in (torch.zeros_like(whole), whole.flip(3), whole.roll(1, 0)):
+        faulty = whole.clone()
+        faulty[7] = torch.where(unseen[7], wrong[7], whole[7])
+        assert kept.error(faulty) > 1e-4

@@ -1,12 +1,15 @@
 """Decoding: every mode to RGB by the stated rule, and reasons for what cannot be decoded."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_prep.image import check, decode
+from data_prep.image_files import FORMATS
 from tests.unit.data_prep.odd_files import bad_files, good_files
 
 
@@ -57,6 +60,69 @@ def test_exif_orientation_is_not_applied():
 def test_what_cannot_be_decoded_says_why(data):
     with pytest.raises(ValueError, match=r"cannot be decoded: .+"):
         decode(data)
+
+
+def chunk(kind, body):
+    content = kind + body
+    return struct.pack(">I", len(body)) + content + struct.pack(">I", zlib.crc32(content))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3_000_000)),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 3_000_000)),
+        chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3_000_000))),
+        chunk(b"tEXt", b"Comment\0" + b"a" * 3_000_000) * 40,
+        chunk(b"zTXt", b"Comment\0\7" + b"no known compression"),
+    ],
+    ids=["text", "XMP", "profile", "much text", "unknown compression"],
+)
+@pytest.mark.parametrize("place", ["in front", "behind"])
+def test_what_a_png_says_beside_its_pixels_is_no_reason_to_refuse_it(extra, place):
+    data = encoded(RGB)
+    at = 33 if place == "in front" else len(data) - 12
+    np.testing.assert_array_equal(decode(data[:at] + extra + data[at:]), np.asarray(RGB))
+    assert check(data[:at] + extra + data[at:])[:2] == (12, 10)
+
+
+def test_a_cut_png_with_text_is_still_cut():
+    data = encoded(RGB)
+    text = chunk(b"tEXt", b"Comment\0text")
+    for damaged in (
+        data[:33] + text + data[33:-30],
+        data[:33] + text[:-6],
+        data[:33] + b"\xff\xff\xff\xfftEXt" + data[41:],
+    ):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            check(damaged)
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "TIFF"])
+def test_of_several_pictures_the_first_is_taken(form):
+    frames = [RGB, RGB.transpose(Image.Transpose.FLIP_LEFT_RIGHT), RGB.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(RGB, form, save_all=True, append_images=frames[1:], **options)
+    assert check(data) == (12, 10, b"", 3)
+    np.testing.assert_array_equal(decode(data), np.asarray(RGB))
+
+
+def test_a_cameras_preview_is_no_second_picture():
+    data = encoded(RGB, "MPO", save_all=True, append_images=[RGB])
+    assert check(data).num_pictures == 1
+
+
+OTHER_FORMATS = ("GIF", "PPM", "TGA", "PCX", "ICO", "SGI", "EPS", "IM", "DDS", "JPEG2000")
+
+
+@pytest.mark.parametrize("form", OTHER_FORMATS)
+def test_no_other_parser_is_asked_whatever_a_file_is_called(form, monkeypatch):
+    data = encoded(RGB, form)
+    Image.init()
+    for name in set(Image.OPEN) - set(FORMATS):
+        monkeypatch.setitem(Image.OPEN, name, (None, None))  # would fail if it was called
+    with pytest.raises(ValueError, match="cannot be decoded: it is none of PNG, JPEG, WEBP, BMP, TIFF, or its header"):
+        check(data)
 
 
 @pytest.mark.parametrize("name", good_files())

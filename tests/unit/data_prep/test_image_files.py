@@ -10,7 +10,7 @@ from data_prep.image_files import EXTENSIONS, FORMATS, PassedOver, clutter_in, h
 from data_prep.sources import NoImagesError, list_items
 from data_prep.uri import printable
 from model import picture
-from pipeline import upscale
+from pipeline.upscale_files import plan
 
 IMAGES = (
     *("a.jpg", "b/old.jfif", "b/UPPER.JPE", "per%20cent.png", "with space.webp", "dots.in.name.bmp", "'quoted'.tif"),
@@ -89,7 +89,7 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path):
 
 def test_upscale_takes_the_same_files(folder, tmp_path):
     passed_over = PassedOver()
-    jobs = upscale.plan(str(folder), str(tmp_path / "out"), passed_over)
+    jobs = plan(str(folder), str(tmp_path / "out"), passed_over=passed_over).jobs
     assert sorted(str(job.source.relative_to(folder)) for job in jobs) == sorted(IMAGES)
     assert counts(passed_over) == (len(CLUTTER), len(OTHERS), 0)
 
@@ -105,7 +105,7 @@ def test_only_clutter_is_no_image(folder):
     with pytest.raises(NoImagesError, match=r"no images among 0 found; .* of the system's or a program's own"):
         list_items(str(folder))
     with pytest.raises(ValueError, match=r"holds no images: .*jfif.* of the system's or a program's own"):
-        upscale.plan(str(folder), str(folder / "out"))
+        plan(str(folder), str(folder / "out"))
 
 
 @pytest.mark.parametrize("path", ["a..b.jpg", "@eaDirs/a.jpg", "MACOSX/a.jpg", "a.ipynb_checkpoints/b.jpg", "../a.jpg"])
@@ -137,7 +137,7 @@ def test_linked_folders_are_followed_once_and_loops_are_named(tmp_path):
     found = paths(list_items(root, passed_over=passed_over))
     assert found == ["a.png", "again/c.png", "again/deep/d.png", "sub/b.png"]
     assert passed_over.num_links == 6
-    jobs = upscale.plan(root, str(tmp_path / "out"))
+    jobs = plan(root, str(tmp_path / "out")).jobs
     assert sorted(str(job.source.relative_to(root)) for job in jobs) == found
     notes = {}
     list(storage.iter_files(root, note=lambda path, reason: notes.update({path: reason})))

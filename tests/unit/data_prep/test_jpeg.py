@@ -8,6 +8,7 @@ from PIL import Image
 
 from data_prep import jpeg, jpeg_header
 from data_prep.image import Box, Picture, decode
+from data_prep.sources import list_items
 from tests.shared_data import shared
 from tests.unit.data_prep.odd_files import encoded, good_files, photograph
 
@@ -26,9 +27,24 @@ def random_box(random, header, longest=150):
     return Box(top, int(random.integers(0, header.width - width + 1)), height, width)
 
 
+def test_photographs_whole_and_in_parts(photographs):
+    files, kinds = compare_with_pillow(photographs)
+    assert files == 40
+    assert kinds == {(1, 1, 3), (2, 2, 3), (2, 1, 3), (1, 1, 1)}
+
+
 def test_all_imagenet_files_whole_and_in_parts():
+    folder = shared("data/imagenet-sample/train")
+    assert len(list_items(str(folder))) == 334
+    files, kinds = compare_with_pillow(folder)
+    assert files == 333  # one has chroma of half height alone
+    assert kinds == {(1, 1, 3), (2, 2, 3), (2, 1, 3), (1, 1, 1)}
+
+
+def compare_with_pillow(folder):
+    """Every region equals Pillow's. How many files were read, and their kinds of chroma."""
     random, kinds, files, sizes = np.random.default_rng(0), set(), 0, []
-    for path in sorted(shared("data/imagenet-sample/train").rglob("*.JPEG")):
+    for path in sorted(folder.rglob("*.JPEG")):
         data = path.read_bytes()
         header = jpeg_header.parse(data)
         if header is None:
@@ -45,8 +61,7 @@ def test_all_imagenet_files_whole_and_in_parts():
                 np.testing.assert_array_equal(region.transpose(1, 2, 0), part, err_msg=str(path))
     total, seeks = map(sum, zip(*sizes, strict=True))
     assert 0.01 < seeks / total < 0.025
-    assert files == 333  # one has chroma of half height alone
-    assert kinds == {(1, 1, 3), (2, 2, 3), (2, 1, 3), (1, 1, 1)}
+    return files, kinds
 
 
 @settings(max_examples=80, deadline=None)

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from data_prep.jpeg_scans import is_whole
-from tests.shared_data import shared
 from tests.unit.data_prep.odd_files import encoded, photograph
 
 KINDS = {
@@ -82,6 +81,5 @@ def test_no_damage_is_more_than_an_answer(kind):
         assert is_whole(bytes(data)) in (True, False, None)
 
 
-def test_real_photographs_are_whole():
-    files = sorted(shared("data/imagenet-sample/train").rglob("*.JPEG"))[::20]
-    assert all(is_whole(file.read_bytes()) for file in files)
+def test_real_photographs_are_whole(photographs):
+    assert all(is_whole(file.read_bytes()) for file in sorted(photographs.rglob("*.JPEG"))[::3])

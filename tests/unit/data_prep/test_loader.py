@@ -1,6 +1,9 @@
 """The loader on real images: one sequence for every world size, number of workers and restart."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
 from data_prep.sources import Item, key_of, list_items
 from data_prep.storage import StorageError, join
-from tests.shared_data import shared
+from tests.shared_data import ROOT
 
 SETTINGS = PairSettings(scale=2, patch_px=16, num_streams=8, shuffle_block=3, seed=1, cache_decoded_bytes=2**26)
 BATCH = 8
@@ -28,10 +31,11 @@ def shard_here(items, destination, settings):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """22 images of at most 120 kB, five in a shard."""
-    items = [item for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:22]
-    return shard_here(items, str(tmp_path_factory.mktemp("shards")), ShardSettings(samples_per_shard=5))
+def shards(tmp_path_factory, photographs):
+    """22 photographs, five in a shard."""
+    return shard_here(
+        list_items(str(photographs))[:22], str(tmp_path_factory.mktemp("shards")), ShardSettings(samples_per_shard=5)
+    )
 
 
 def take(loader, count):
@@ -233,6 +237,31 @@ def test_batches_inside_a_ray_worker_are_the_same(expected, shards, ray_local):
         return [batch.keys for batch in batches]
 
     assert ray_local.get(first_keys.remote(), timeout=90) == [batch.keys for batch in expected[:3]]
+
+
+WITH_WORKERS = """
+import itertools, multiprocessing.util, sys
+from data_prep.loader import PairLoader, PairSettings
+if __name__ == "__main__":
+    settings = PairSettings(scale=2, patch_px=16, num_streams=8, shuffle_block=3, seed=1)
+    batches = itertools.islice(PairLoader(sys.argv[1], settings, 8, 8, 0, 1, 2), 2)
+    print(*[key for batch in batches for key in batch.keys])
+    print(multiprocessing.util.get_temp_dir())
+"""
+
+
+def test_workers_start_where_the_temporary_folder_is_too_long_for_sockets(expected, shards, tmp_path):
+    folder = tmp_path / ("deep-" * 18)
+    folder.mkdir()
+    (tmp_path / "train.py").write_text(WITH_WORKERS)
+    env = {**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "train.py"), shards.uri]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    keys, sockets = done.stdout.splitlines()
+    assert keys.split() == [key for batch in expected[:2] for key in batch.keys]
+    assert not os.path.exists(sockets)
+    assert not sockets.startswith(str(folder))
 
 
 def test_item_keys_survive_the_way_through_a_tar(tmp_path):

@@ -14,7 +14,6 @@ from data_prep.mix import MIX_NAME, Mix, MixPart, read_set
 from data_prep.order import MixedOrder, SampleOrder
 from data_prep.sources import list_items
 from data_prep.storage import StorageError, write_bytes
-from tests.shared_data import shared
 from tests.unit.data_prep.test_loader import shard_here
 
 COUNTS = ([3, 4], [5, 1, 6])
@@ -68,10 +67,10 @@ def test_what_is_no_mix_says_so(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def mix(tmp_path_factory: pytest.TempPathFactory) -> str:
+def mix(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> str:
     """Two sets of real images and their mix, three to one, named by paths beside it."""
     root = tmp_path_factory.mktemp("mix")
-    items = [item for item in list_items(str(shared("data/imagenet-sample/train"))) if item.size < 120_000][:16]
+    items = list_items(str(photographs))[:16]
     for name, chosen in (("old", items[:5]), ("new", items[5:])):
         shard_here(chosen, f"{root}/shards/{name}", ShardSettings(samples_per_shard=4))
     parts = (MixPart(sets=("shards/new",), share=3), MixPart(sets=("shards/old",), share=1))

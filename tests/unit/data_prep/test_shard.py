@@ -21,20 +21,18 @@ from data_prep.shard import ShardSettings, complete_shard, make_shards, plan_sha
 from data_prep.sources import Item, list_items, read_item
 from data_prep.storage import StorageError, join
 from data_prep.tasks import in_order
-from tests.shared_data import ROOT, shared
-from tests.unit.data_prep.odd_files import bad_files, good_files
+from tests.photographs import write_photographs
+from tests.shared_data import ROOT
+from tests.unit.data_prep.odd_files import bad_files, encoded, good_files, photograph
 
 SETTINGS = ShardSettings(samples_per_shard=5, seed=3)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """18 ImageNet files, in folders."""
+    """18 photographs, in folders."""
     folder = tmp_path_factory.mktemp("source")
-    files = sorted(shared("data/imagenet-sample/train").rglob("*.JPEG"))[:18]
-    for file in files:
-        (folder / file.parent.name).mkdir(exist_ok=True)
-        shutil.copy(file, folder / file.parent.name)
+    write_photographs(folder, 18)
     return str(folder)
 
 
@@ -200,6 +198,40 @@ def test_links_to_nothing_and_names_in_any_bytes(source, tmp_path, ray_local):
     rejects = {reject.key: reject for reject in made.index.rejects}
     assert rejects["gone1%2Ejpg"].reason == rejects["gone2%2Ejpg"].reason == "a link to nothing"
     assert rejects["bad%E9%2Ejpg"].uri == f"{images}/bad\\xe9.jpg"
+
+
+def test_what_is_passed_over_and_files_of_several_pictures_are_said(tmp_path, ray_local):
+    frames = [photograph(seed=seed) for seed in (1, 2)]
+    files = {
+        "moving.png": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        "still.png": encoded(frames[0], "PNG"),
+        "._still.png": b"a Mac's",
+        "@eaDir/still.png/thumb.jpg": b"a file server's",
+        "notes.txt": b"text",
+        "写" * 83 + ".jpg": encoded(frames[1]),
+        "line\u2028sep.jfif": encoded(photograph(seed=3)),
+        os.fsdecode(b"caf\xe9.jpg"): encoded(photograph(seed=4)),
+    }
+    for name, data in files.items():
+        storage.write_bytes(str(tmp_path / "source" / name), data)
+    said = []
+    made = make_shards(str(tmp_path / "source"), str(tmp_path / "set"), SETTINGS, say=said.append)
+    assert (made.index.num_samples, made.index.num_rejects, made.index.num_of_several) == (5, 0, 1)
+    assert said == [
+        f"{tmp_path}/source: passed over: 2 of the system's or a program's own (._still.png, @eaDir); "
+        "1 with other endings (.txt 1)",
+        f"{tmp_path}/source: 1 files hold several pictures; the first of each was taken",
+    ]
+    for sample in made.samples(0):
+        source = files[unquote(sample.key, errors="surrogateescape")]
+        with open(tmp_path / "set" / "shard-000000.tar", "rb") as tar:
+            tar.seek(sample.offset)
+            assert tar.read(sample.size) == source
+
+
+def test_a_set_without_odd_files_is_written_as_before(made):
+    assert b"num_of_several" not in storage.read_bytes(join(made.uri, "index.json"))
+    assert b"num_of_several" not in storage.read_bytes(join(made.uri, "shard-000000.json"))
 
 
 def test_all_rejected_is_an_error_at_any_share(damaged, tmp_path, ray_local):

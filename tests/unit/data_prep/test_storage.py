@@ -1,5 +1,6 @@
 """Storage on a real disk and on a real S3 server: the same behaviour, and errors that name URI and remedy."""
 
+import errno
 import hashlib
 import http.server
 import os
@@ -36,7 +37,7 @@ def root(request, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        ("s3://bucket//a///b/", "s3://bucket/a/b"),
+        ("s3://bucket//a///b/", "s3://bucket//a///b"),
         ("s3://bucket", "s3://bucket"),
         ("file:///data/a%20b/", "/data/a b"),
         ("/data//x/../y/", "/data/y"),
@@ -108,6 +109,38 @@ def test_put_if_absent_lets_one_of_many_win(root):
     assert sum(won) == 1
     assert storage.read_bytes(uri) == b"owner %d" % won.index(True)
     assert not storage.put_if_absent(uri, b"late")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_put_if_absent_without_hard_links(tmp_path, monkeypatch, number):
+    def refuse(*names: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    test_put_if_absent_lets_one_of_many_win(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_folder_that_refuses_the_file_itself_is_named(tmp_path, monkeypatch):
+    """No second way where the first one failed for another reason, and nothing half-written where the disk is full."""
+    numbers, flushed = [errno.ENOSPC, errno.EPERM], []
+
+    def link(*names: object) -> None:
+        raise OSError(numbers[0], os.strerror(numbers[0]))
+
+    def fsync(number: int) -> None:
+        flushed.append(number)
+        if len(flushed) == 3:  # of the file that the second way created
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for expected in (1, 3):
+        with pytest.raises(StorageError, match="the disk is full"):
+            storage.put_if_absent(str(tmp_path / "lock"), b"mine")
+        assert len(flushed) == expected
+        assert list(tmp_path.iterdir()) == []
+        numbers.pop(0)
 
 
 def test_listing_is_sorted_relative_and_fresh(root):

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from model import export as exports
-from model import load
 from model.blocks import UpscalingNetwork
 from model.export import Padded, export_onnx, save_program
 from model.inference import upscale_tensor
 from model.tiles import padded
-from tests.shared_data import shared
+from tests.golden_cases import golden_network
 from tests.unit.model.tiny import tiny, tiny_unet
 
 NETWORKS = ("hat", "hmanet", "hat_unet")
@@ -37,8 +36,8 @@ def network(arch: str) -> UpscalingNetwork:
             torch.nn.init.normal_(parameter, std=0.2)
         return made
     if arch == "hat":
-        return load(shared("golden/hat_x3_w8.pth"))
-    return load(shared("golden/hmanet_x4_w8.pth"), interval_size=2)
+        return golden_network("hat_x3_w8")
+    return golden_network("hmanet_x4_w8")
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_prep.bicubic import imresize
 from model.blocks import UpscalingNetwork
 from model.inference import upscale
 from model.init import bicubic_start, transfer
 from model.metrics import psnr_y
-from tests.shared_data import shared
+from tests.photographs import shipped
 from tests.unit.model.tiny import tiny, tiny_hmanet
 
 
@@ -159,8 +158,7 @@ def test_any_tail_of_more_stages_gives_its_image_in_fewer_pixels(old: int, new: 
 
 
 def _psnr_of(network: UpscalingNetwork) -> float:
-    with Image.open(shared("data/benchmark/Set5/HR/butterfly.png")) as file:
-        high_res = np.asarray(file.convert("RGB"))[:192, :192]
+    high_res = shipped("chelsea.png")[:192, 100:292]
     return psnr_y(upscale(network, imresize(high_res, 1 / network.scale)), high_res, network.scale)
 
 
@@ -227,8 +225,7 @@ def test_scale_1_gives_the_image_of_a_larger_scale_at_its_pixels(old: int) -> No
     network = tiny(1, seed=1)
     report = transfer(_bicubic(old).state_dict(), network)
     assert report["conv_last.bias"] == f"resampled: the image from x{old} sub-pixels to x1"
-    with Image.open(shared("data/benchmark/Set5/HR/butterfly.png")) as file:
-        image = np.asarray(file.convert("RGB"))[:96, :96]
+    image = shipped("chelsea.png")[:96, 100:196]
     assert psnr_y(upscale(network, image), image, 4) >= 32
 
 

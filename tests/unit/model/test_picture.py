@@ -160,6 +160,18 @@ def test_tiff_of_separate_planes_and_inverted_gray(tmp_path: Path) -> None:
     assert np.array_equal(read_picture(tmp_path / "b.tif").pixels[..., 0], 65535 - levels[..., 0])
 
 
+def test_tiff_of_16_bits_with_colours_multiplied_by_alpha(tmp_path: Path) -> None:
+    levels = pixels(4, np.uint16)
+    levels[0, 0, 3], levels[..., 3] = 0, np.where(levels[..., 3] < 30_000, 0, levels[..., 3])
+    multiplied = levels.copy()
+    multiplied[..., :3] = (levels[..., :3] * (levels[..., 3:] / 65535)).round()
+    tifffile.imwrite(tmp_path / "a.tif", multiplied, photometric="rgb", extrasamples=["assocalpha"])
+    read = read_picture(tmp_path / "a.tif").pixels
+    assert np.array_equal(read[..., 3], levels[..., 3])
+    seen = levels[..., 3] > 0
+    assert np.abs(read[seen].astype(int) - levels[seen]).max() <= 2
+
+
 def test_compressed_tiff(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "a.tif", pixels(3, np.uint16), photometric="rgb", compression="lzw", predictor=True)
     assert np.array_equal(read_picture(tmp_path / "a.tif").pixels, pixels(3, np.uint16))

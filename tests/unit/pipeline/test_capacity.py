@@ -1,5 +1,6 @@
 """`hatchery plan`, and the arithmetic that it and the training report."""
 
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import build
-from pipeline import capacity
+from pipeline import capacity, capacity_report, cpu_capacity
 from pipeline.arithmetic import macs_per_sample, peak_macs_per_s
+from pipeline.cli import app
 from pipeline.config import PhaseConfig, load_recipe
 from tests.plain import plain_form
 from tests.shared_data import ROOT
@@ -96,3 +98,59 @@ def test_the_command_prints_every_stage_and_every_training():
 def test_attention_outside_the_network_is_not_needed():
     linear = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1))
     assert macs_per_sample(linear, 10) == 5 * 27 * 100
+
+
+def hatchery_plan(capsys, *arguments):
+    app(["plan", *arguments], standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_a_recipe_for_cpus_is_planned_for_cpus(capsys, monkeypatch):
+    """Measured on one core; that several are measured as well is `test_ways_on_cpus_follow_memory_and_batch`."""
+    monkeypatch.setattr(cpu_capacity.estimate, "available_cpus", lambda: 1)
+    said = hatchery_plan(capsys, "--recipe", "demo", "--cpus", "4", "--memory", "16", "--nodes", "2")
+    rows = [[cell.strip() for cell in line.split("│")[1:4]] for line in said.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in rows[:3]] == [["2", "4"], ["4", "2"], ["8", "1"]]  # of two machines together
+    assert [row[2] for row in rows[:3]] == ["4", "2", "1"]  # of a global batch of 8
+    assert "processes on 2 x 4 cores and 16.0 GB" in said
+    assert re.search(r"fastest of these: --set compute.num_workers=\d --set compute.cpus_per_worker=\d ", said)
+    for training in ("pretrain-x2-again", "finetune-x4"):
+        assert training in said
+    assert "GPU" not in said.replace("use_gpu", "")
+
+
+@pytest.mark.parametrize(
+    ("use_gpu", "here", "planned_for"), [(True, 0, 8), (False, 2, None), ("auto", 0, None), ("auto", 2, 2)]
+)
+def test_who_gets_gpus_planned(use_gpu, here, planned_for, recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: here)
+    compute = recipe.compute.model_copy(update={"use_gpu": use_gpu})
+    assert capacity_report.gpus_wanted(recipe.model_copy(update={"compute": compute})) == planned_for
+
+
+def test_ways_on_cpus_follow_memory_and_batch(recipe, monkeypatch):
+    monkeypatch.setattr(cpu_capacity.estimate, "available_cpus", lambda: 8)
+    monkeypatch.setattr(cpu_capacity.estimate, "measured_macs_per_s", lambda recipe, phase, threads: 1e9 * threads**0.5)
+    sample = capacity.Sample({"none": 0.2e9, "block": 0.1e9}, 1.0, 1.0)
+    found = cpu_capacity.ways(recipe, "pretrain-x2", cpu_capacity.CpuMachines(1, 8, 16), sample)
+    assert [way.processes for way in found] == [1, 2, 4, 8]
+    assert [way.threads for way in found] == [8, 4, 2, 1]
+    assert all(way.processes * way.micro_batch == 8 for way in found)
+    assert [way.hours for way in found] == sorted((way.hours for way in found), reverse=True)
+    assert cpu_capacity.best_of(found).processes == 8
+    tight = cpu_capacity.ways(recipe, "pretrain-x2", cpu_capacity.CpuMachines(1, 8, 4), sample)
+    assert [way.fits for way in tight] == [True, True, False, False]
+    assert cpu_capacity.best_of(tight).processes == 2
+    none = cpu_capacity.ways(recipe, "pretrain-x2", cpu_capacity.CpuMachines(1, 8, 0.5), sample)
+    assert cpu_capacity.best_of(none) is None
+    machines = cpu_capacity.CpuMachines(1, 8, 0.5)
+    assert "not one sample fits in 0.5 GB" in cpu_capacity.notes(recipe, "pretrain-x2", None, sample, machines)[-1]
+
+
+def test_plans_that_cannot_be():
+    for arguments, words in (
+        (["--cpus", "2", "--gpus-per-node", "2"], "exclude one another"),
+        (["--cpus", "1", "--nodes", "9"], "9 machines are more than the global batch 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            app(["plan", "--recipe", "demo", *arguments], standalone_mode=False)

@@ -1,12 +1,15 @@
 """What a training is given of a cluster."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
 
+from data_prep import s3
 from pipeline import cluster
 from pipeline.config import ComputeConfig
 from tests.shared_data import ROOT
@@ -63,8 +66,31 @@ with connected(ComputeConfig(), "local", debug=False):
 """
 
 
-def test_workers_of_a_local_cluster_run_at_full_priority_on_the_cpus_it_was_given() -> None:
+def test_workers_of_a_local_cluster_run_at_full_priority_on_the_cpus_it_was_given(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_worker_niceness"}
+    env["TMPDIR"] = str(tmp_path / ("x" * 90))  # too long for the sockets of Ray's sessions
     command = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0))), sys.executable, "-c", NICENESS]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "0 1.0\n", done.stderr
+
+
+def test_other_nodes_are_given_this_machines_view_of_s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in s3.environment():
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text("[profile lab]\nendpoint_url = http://lab:9000\nregion = eu-central-1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    monkeypatch.setenv(s3.ANONYMOUS, "public")
+    monkeypatch.delenv(cluster.IN_RAY_JOB, raising=False)
+    everything = {
+        "AWS_ENDPOINT_URL_S3": "http://lab:9000",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        s3.ANONYMOUS: "public",
+    }
+    assert cluster._view_of_s3() == everything
+    job = {"runtime_env": {"env_vars": {"AWS_DEFAULT_REGION": "us-west-2"}}, "metadata": {}}
+    monkeypatch.setenv(cluster.IN_RAY_JOB, json.dumps(job))
+    del everything["AWS_DEFAULT_REGION"]  # Ray refuses a variable that is given twice
+    assert cluster._view_of_s3() == everything
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    assert cluster._view_of_s3() == {}  # named where S3 is used

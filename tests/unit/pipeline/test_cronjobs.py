@@ -123,7 +123,7 @@ def test_the_image_must_be_named_and_can_be_built() -> None:
         cronjobs.render(example("schedule.image=null"), "cronjob", EXAMPLE)
     lines = (ROOT / "infra" / "Dockerfile").read_text().splitlines()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for package in [*project["tool"]["setuptools"]["packages"], "configs"]:
+    for package in {package.partition(".")[0] for package in project["tool"]["setuptools"]["packages"]}:
         assert f"COPY {package} {package}" in lines
     assert f"WORKDIR {example().schedule.working_dir}" in lines
     assert f"ray=={cronjobs.RAY_VERSION} \\" in (ROOT / "requirements.txt").read_text().splitlines()
@@ -234,3 +234,16 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         main(["schedule", "render", "/absent.yaml"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["cronjob", "raycronjob", "cron"])
+def test_no_login_is_rendered_and_how_to_hand_it_on_is_said(kind: cronjobs.Kind) -> None:
+    overrides = ["tracking.uri=https://me:hunter2@mlflow/x", "schedule.ray_address=http://me:hunter2@head:8265"]
+    made = cronjobs.render(example(*overrides), kind, EXAMPLE, overrides)
+    assert "hunter2" not in made
+    assert "tracking.uri=https://mlflow/x" in made
+    assert "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in made.splitlines()[1]
+    if kind == "cron":
+        assert "--address http://head:8265 " in made
+    else:
+        assert "MLFLOW_TRACKING_USERNAME" not in cronjobs.render(example(), kind, EXAMPLE)

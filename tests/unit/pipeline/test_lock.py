@@ -163,6 +163,21 @@ def test_a_lock_that_was_overwritten_interrupts_its_owner(place, content):
     assert Path(place).read_bytes() == content
 
 
+def test_an_empty_file_is_a_lock_that_is_being_written(place, holder):
+    """Where there are no hard links the file is there before its record."""
+    record = Path(place).read_bytes()
+    holder.send_signal(signal.SIGSTOP)
+    Path(place).write_bytes(b"")
+
+    def goes_on() -> None:
+        Path(place).write_bytes(record)
+        holder.send_signal(signal.SIGCONT)
+
+    threading.Timer(0.5, goes_on).start()
+    with pytest.raises(LockedError, match="stage pretrain-x2 is being run by"):
+        StorageLock(place, "mine").__enter__()
+
+
 def test_what_is_no_lock_file_is_left_alone(place):
     Path(place).parent.mkdir()
     Path(place).write_text("hello")

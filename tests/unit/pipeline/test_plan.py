@@ -163,8 +163,9 @@ def test_a_plan_knows_what_is_done_and_what_waits(tmp_path: object) -> None:
     assert lost[0].action == "skip"
 
 
-# sha256 over names, kinds, inputs and configs of all stages: what makes finished artifacts count. It may change
-# only with what is trained; what a new key leaves as it was must not enter. Restoration is left out: its networks' heads changed.
+# sha256 over names, kinds, inputs and configs of all stages: what makes finished artifacts count. It may change only
+# with what is trained; a key that leaves it as it was must not enter. Restoration is left out: its networks' heads
+# changed.
 PINNED = {
     "demo": "b9bd20f6a5daa047",
     "hat_s": "6ff8a8c6e7b78297",

@@ -1,43 +1,59 @@
-"""The served model in little memory: an answer in tiles, not a kill."""
+"""The model that a registry serves: what it needs where Hatchery is not installed, and how it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-from model import build
+import numpy as np
+import pytest
+from mlflow.exceptions import MlflowException
+
+from model import load
+from model.inference import upscale
 from model.weights import save_pth
-from tests.shared_data import ROOT
-
-SIZES = {"embed_dim": 12, "depths": (1,), "num_heads": (3,), "window_size": 8, "squeeze_factor": 6}
-
-SERVED = """
-import resource, sys, types
-import numpy as np, torch
+from pipeline import registry
 from pipeline.pyfunc_model import SuperResolution
-served = SuperResolution()
-served.load_context(types.SimpleNamespace(artifacts={"weights": sys.argv[1], "options": sys.argv[2]}))
-torch.set_num_threads(1)
-image = np.random.default_rng(0).integers(0, 256, (1, 512, 448, 3), np.uint8)
-small = served.predict(None, image[:, :64, :64])
-assert served.upscaler.tile_used is None
-now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (now + (160 << 20),) * 2)
-answer = served.predict(None, image)
-assert answer.shape == (1, 1024, 896, 3) and answer.dtype == np.uint8, answer.shape
-print(served.upscaler.tile_used)
-"""
+from tests.unit.model.tiny import tiny
+from tests.unit.test_imports import ROOT, imported
 
 
-def test_a_large_image_is_answered_where_the_process_has_little_memory(tmp_path: Path) -> None:
-    """Whole it would take 220 MB: the tiles are chosen before memory runs out, and nothing is begun anew."""
-    save_pth(tmp_path / "x2.pth", build("hat", 2, **SIZES).state_dict())
-    (tmp_path / "options.json").write_text(json.dumps({"num_heads": [3]}))
-    command = [sys.executable, "-c", SERVED, str(tmp_path / "x2.pth"), str(tmp_path / "options.json")]
-    ended = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"MALLOC_ARENA_MAX": "1"}, capture_output=True, text=True
+@pytest.fixture
+def model(tmp_path: Path) -> SuperResolution:
+    save_pth(tmp_path / "weights.pth", tiny().state_dict())
+    (tmp_path / "options.json").write_text(json.dumps({}))
+    made = SuperResolution()
+    files = {"weights": str(tmp_path / "weights.pth"), "options": str(tmp_path / "options.json")}
+    made.load_context(SimpleNamespace(artifacts=files))
+    return made
+
+
+def test_its_requirements_are_what_its_code_imports() -> None:
+    code = (
+        "import sys, model, model.inference, model.payload; print(*sorted(n for n in sys.modules if n[:6] == 'model.'))"
     )
-    assert ended.returncode == 0, ended.stderr
-    assert 64 <= int(ended.stdout) < 448
-    assert "out of memory" not in ended.stderr
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [ROOT / f"{name.replace('.', '/')}.py" for name in loaded.split()]
+    modules = set().union(*map(imported, files), imported(ROOT / "pipeline" / "pyfunc_model.py"))
+    needed = {"pillow" if name == "PIL" else name for name in modules - set(sys.stdlib_module_names) - {"model"}}
+    assert needed == {requirement.split("==")[0] for requirement in registry.requirements()}
+
+
+def test_it_upscales_as_the_network_does(model: SuperResolution) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 9, 12, 3), np.uint8)
+    network = load(tiny().state_dict())
+    assert np.array_equal(model.predict(None, images), [upscale(network, image) for image in images])
+
+
+def test_a_refusal_stays_the_line_that_it_is(model: SuperResolution) -> None:
+    """MLflow's server would put all pixels before it."""
+    with pytest.raises(MlflowException) as refused:
+        model.predict(None, np.zeros((3, 9, 9), np.uint8))
+    line = refused.value.message
+    assert "put the channels last" in line
+    refused.value.message = f"Failed to predict data '[[[0, 0, ...'. \nError: {line}"
+    said = json.loads(refused.value.serialize_as_json())
+    assert (said["error_code"], said["message"]) == ("BAD_REQUEST", line)
+    assert "stack_trace" not in said
+    assert refused.value.get_http_status_code() == 400

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 from rich.console import Console
 
 from data_prep import storage
-from pipeline import cluster, pretrain, stages
+from pipeline import cluster, dry_run, pretrain, stages
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
 from pipeline.lock import LockedError, StorageLock
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, TrackingError
 from tests.unit.pipeline.test_faults import recipe_in
 
 NOBODY = "http://127.0.0.1:9"
@@ -61,11 +62,11 @@ def stage(monkeypatch: pytest.MonkeyPatch, does: Callable[[stages.Work], Artifac
 
 
 def test_a_dry_run_changes_no_run(recipe: Recipe) -> None:
-    pretrain.dry_run(recipe, pretrain.Choice(), console())
+    dry_run.run(recipe, pretrain.Choice(), console())
     assert states(recipe) == {}
     tracker = Tracker(recipe)
     tracker.finish(tracker.begin())
-    pretrain.dry_run(recipe, pretrain.Choice(), console())
+    dry_run.run(recipe, pretrain.Choice(), console())
     assert states(recipe) == {"tiny": "FINISHED"}
 
 
@@ -109,6 +110,50 @@ def test_an_absent_mlflow_takes_no_errors_place(recipe: Recipe, monkeypatch: pyt
     lines = told.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert sum("is not marked as KILLED: " in line for line in lines) == 2
     assert sum("is out of reach, what it misses is kept" in line for line in lines) == 1
+
+
+def everything(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """State and stage of life of every run of the recipe, deleted ones as well, by name."""
+    client = MlflowClient(recipe.tracking.uri)
+    experiment = client.get_experiment_by_name(recipe.tracking.experiment)
+    found = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
+    return {run.info.run_name: (run.info.status, run.info.lifecycle_stage) for run in found}
+
+
+@pytest.mark.parametrize("when", ["stage", "recipe", "experiment"])
+def test_what_is_deleted_meanwhile_is_one_line_and_nothing_is_left_running(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    recipe = recipe.model_copy(
+        update={"tracking": recipe.tracking.model_copy(update={"experiment": f"deleted-{when}"}), "seed": len(when)}
+    )
+
+    def deleted(work: stages.Work) -> Artifact:
+        client = MlflowClient(recipe.tracking.uri)
+        if when == "experiment":
+            client.delete_experiment(work.tracker.experiment_id)
+        else:
+            client.delete_run(work.run_id if when == "stage" else work.tracker.parent_id)
+        work.tracker.log_metrics(work.run_id, {"loss": 0.5, "rate": 0.1}, 1)
+        work.tracker.tag_later(work.run_id, {"a": "b"})
+        return work.publish({}, {})
+
+    stage(monkeypatch, deleted)
+    told = console()
+    words = (
+        f"MLflow experiment 'deleted-{when}' was deleted: restore it" if when == "experiment" else "call again, which"
+    )
+    with pytest.raises(TrackingError, match=words):
+        pretrain.run(recipe, FIRST, told)
+    found = everything(recipe)
+    assert "RUNNING" not in {status for status, _ in found.values()}
+    assert ("FAILED", "deleted") in found.values()
+    lines = told.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all("was deleted meanwhile" in line for line in lines if "MLflow" in line), lines
+    if when != "experiment":
+        stage(monkeypatch, lambda work: work.publish({}, {}))
+        pretrain.run(recipe, FIRST, console())  # takes up the work in runs of its own
+        assert set(states(recipe).values()) <= {"FINISHED"}
 
 
 def test_a_run_killed_after_its_last_stage_is_marked_by_the_next(recipe: Recipe) -> None:

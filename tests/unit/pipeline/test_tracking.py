@@ -1,5 +1,6 @@
 """What becomes of the entries that MLflow does not take: kept where that may pass, else dropped, and said."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline import stages
-from pipeline.tracking import Tracker, TrackingError
+from pipeline.config import ConfigError
+from pipeline.tracking import Tracker, TrackingError, connect
 from tests.unit.pipeline.test_faults import recipe_in
 
 NOBODY = "http://127.0.0.1:9"
@@ -89,7 +91,7 @@ def test_every_ranks_warning_is_kept_whole(tracker: Tracker, said: list[str]) ->
     work = SimpleNamespace(
         stage=SimpleNamespace(name="train"), tracker=tracker, run_id=run_id, display=SimpleNamespace(say=said.append)
     )
-    handle = stages._training_records(work, 10, {})
+    handle = stages._training_records(work, {})
     long = f"rank 2 had {', '.join(f'n0{number}' for number in range(2000))}"
     warnings = ["rank 0 had a", "rank 1 had b", long, "6 steps in a row: going back", "rank 0 had c"]
     for warning in warnings:
@@ -103,3 +105,65 @@ def test_every_ranks_warning_is_kept_whole(tracker: Tracker, said: list[str]) ->
         whole[name] = whole.get(name, "") + value
     assert sorted(whole.values()) == sorted(warnings)
     assert said == [f"      train: {warning}" for warning in warnings]
+
+
+@pytest.mark.parametrize("name", ["o'brien", '100% "sure" #1 & o\'x;y'])
+def test_storage_of_any_name_finds_its_runs_again(tmp_path: Path, name: str) -> None:
+    recipe = recipe_in(tmp_path / name)
+    first = Tracker(recipe)
+    parent, stage = first.begin(), first.stage_run("train", "f", {})
+    first.log_bytes_later(stage, "a/b.txt", b"kept")
+    first.finish(stage)
+    again = Tracker(recipe)
+    assert (again.begin(), again.stage_run("train", "f", {})) == (parent, stage)
+    assert again.stage_run("train", "other", {}) != stage
+    assert {path.name for path in (tmp_path / name / "runs").iterdir()} == {"mlflow.db", "mlflow-artifacts"}
+
+
+@pytest.mark.parametrize("name", ["a%20b", "who?"])
+def test_storage_whose_name_mlflow_reads_otherwise_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="call the folder something else, or give"):
+        Tracker(recipe_in(tmp_path / name))
+
+
+def test_runs_of_another_storage_are_not_taken_for_its_own(folder: Path) -> None:
+    """With an apostrophe, which MLflow's filters cannot quote beside a double one, the storage is compared here."""
+    places = [f"tracking.uri=sqlite:///{folder}/runs/mlflow.db"]
+    first = Tracker(recipe_in(folder / "o'neill", *places)).begin()
+    second = Tracker(recipe_in(folder / "o'brien", *places)).begin()
+    assert first != second
+    assert Tracker(recipe_in(folder / "o'neill", *places)).begin() == first
+
+
+def test_a_secret_reaches_no_run(folder: Path) -> None:
+    recipe = recipe_in(
+        folder,
+        f"tracking.uri=sqlite:///{folder}/runs/mlflow.db?timeout=30",
+        "evaluate.sets.elsewhere='https://u:SECRET@host/x?token=SECRET'",
+        "evaluate.models=[]",
+        "seed=17",
+    )
+    tracker = Tracker(recipe)
+    tracker.log_params(tracker.begin(), {"a": "http://u:SECRET@host"})
+    tracker.set_tags(tracker.begin(), {"b": "http://u:SECRET@host"})
+    tracker.tag_later(tracker.begin(), {"c": "http://u:SECRET@host"})
+    tracker.finish(tracker.begin())
+    run = tracker.client.get_run(tracker.begin())
+    assert run.data.params["evaluate.sets.elsewhere"] == "https://host/x"
+    assert run.data.tags["b"] == run.data.tags["c"] == run.data.params["a"] == "http://host"
+    assert left_with(b"SECRET", folder) == []
+
+
+def left_with(secret: bytes, folder: Path) -> list[Path]:
+    """The files below a folder that hold a secret."""
+    return [path for path in folder.rglob("*") if path.is_file() and secret in path.read_bytes()]
+
+
+@pytest.mark.parametrize("content", [b"no database, surely, " * 100, None])
+def test_a_database_that_cannot_be_used_is_one_line_at_once(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(content) if content else file.mkdir()
+    begin = time.monotonic()
+    with pytest.raises(TrackingError, match=f"MLflow database sqlite:///{file} cannot be used: .*; choose another"):
+        connect(f"sqlite:///{file}")
+    assert time.monotonic() - begin < 5  # MLflow itself would try for two minutes

@@ -1,7 +1,10 @@
 """`hatchery upscale` as a user runs it, on real image files and weights files."""
 
 import io
-from collections.abc import Callable
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -17,6 +20,7 @@ from model.picture import Picture, read_picture, write_picture
 from model.weights import save_pth, save_safetensors
 from pipeline.cli import main
 from tests.unit.model.conftest import one_thread
+from tests.unit.model.test_files import file_size_limit
 
 __all__ = ["one_thread"]
 
@@ -103,6 +107,39 @@ def test_a_folder_keeps_names_and_goes_on_after_a_broken_image(hatchery, weights
     assert "[3/3]" in out, "results of the first run are no images to upscale"
 
 
+def test_odd_names_links_and_clutter(hatchery, weights, tmp_path) -> None:
+    """Names are shown in one line each, whatever they hold; what is passed over is said."""
+    folder, names = tmp_path / "in", ("line\u2028sep.png", os.fsdecode(b"caf\xe9.png"), "[red]x[1].jfif")
+    for name in names:
+        write_picture(folder / name, Picture(levels(8, 8)))
+    (folder / "._a.png").write_bytes(b"a Mac's")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    code, out, err = hatchery("upscale", folder, tmp_path / "out", "--weights", weights)
+    assert code == 1
+    assert err.splitlines() == [line for line in err.splitlines() if "gone.png" in line]
+    assert files(tmp_path / "out") == sorted(names)
+    assert "passed over: 1 of the system's or a program's own (._a.png); 1 not followed: loop (a loop" in out
+    for shown in ("line\\u2028sep.png: done", "caf\\xe9.png: done", "[red]x[1].jfif: done"):
+        assert sum(shown in line for line in out.split("\n")) == 1
+
+
+def test_whole_jpegs_without_an_end_and_animations(hatchery, weights, tmp_path) -> None:
+    """What sharding takes, `upscale` takes: all blocks are there. The first of several pictures is taken, and said."""
+    for progressive in (False, True):
+        buffer = io.BytesIO()
+        Image.fromarray(levels(40, 30)).save(buffer, "JPEG", progressive=progressive)
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{progressive}.jpg").write_bytes(buffer.getvalue()[:-2])
+        (tmp_path / "in" / f"{progressive}-padded.jpg").write_bytes(buffer.getvalue()[:-2] + b"\0\0\xff\xd9")
+    frames = [Image.fromarray(levels(8, 8)), Image.fromarray(255 - levels(8, 8))]
+    frames[0].save(tmp_path / "in" / "moving.png", save_all=True, append_images=frames[1:])
+    code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "out", "--weights", weights)
+    assert (code, err) == (0, "")
+    assert len(files(tmp_path / "out")) == 5
+    assert "moving.png: the first of its 2 pictures" in out
+
+
 def files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -150,7 +187,7 @@ def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_p
     write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
     write_picture(tmp_path / "alpha.png", Picture(levels(8, 8, 4)))
     write_picture(tmp_path / "wide.png", Picture(levels(8, 8192)))
-    monkeypatch.setattr("pipeline.upscale.upscale", Mock(side_effect=AssertionError("no network may run")))
+    monkeypatch.setattr("pipeline.upscale.enlarge", Mock(side_effect=AssertionError("no network may run")))
     (tmp_path / "broken.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     before = files(tmp_path)
@@ -217,6 +254,125 @@ def test_wrong_exports(hatchery, weights, tmp_path) -> None:
         code, _, err = hatchery("export", *arguments)
         assert (code, message in err, err.count("\n")) == (2, True, 1), err
     assert files(tmp_path) == []
+
+
+def test_a_folder_as_people_want_it_and_again_after_a_stop(hatchery, weights, tmp_path) -> None:
+    tags = Image.Exif()
+    tags[0x010F] = "Maker"
+    (tmp_path / "in").mkdir()
+    Image.fromarray(levels(8, 12)).save(tmp_path / "in" / "a.jpg", exif=tags)
+    write_picture(tmp_path / "in" / "b.png", Picture(levels(8, 8, 4)))
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    arguments = [
+        "upscale",
+        tmp_path / "in",
+        tmp_path / "out",
+        "--weights",
+        weights,
+        "--skip-existing",
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--format", "webp", "--quality", 80, "--suffix", "_large", "--outscale", 2.5, "--alpha", "bicubic"]
+    code, out, err = hatchery(*arguments)
+    assert (code, err) == (0, "")
+    assert "passed over: 1 with other endings (.txt 1)" in out
+    assert "0 of 2 are there already" in out
+    assert files(tmp_path / "out") == ["a_large.webp", "b_large.webp"]
+    with Image.open(tmp_path / "out" / "a_large.webp") as image:
+        assert (image.size, image.mode) == ((30, 20), "RGB")
+        assert image.getexif()[0x010F] == "Maker"
+    with Image.open(tmp_path / "out" / "b_large.webp") as image:
+        assert (image.size, image.mode) == ((20, 20), "RGBA")
+
+    (tmp_path / "out" / "a_large.webp").unlink()
+    before = (tmp_path / "out" / "b_large.webp").stat()
+    code, out, _ = hatchery(*arguments)
+    assert (code, "[1/1] a.jpg" in out, "1 of 2 are there already, and skipped" in out) == (0, True, True)
+    assert files(tmp_path / "out") == ["a_large.webp", "b_large.webp"]
+    assert (tmp_path / "out" / "b_large.webp").stat().st_ino == before.st_ino
+    code, out, _ = hatchery(*arguments)
+    assert (code, "2 of 2 are there already" in out, "[1/" in out) == (0, True, False)
+
+
+def test_devices_share_a_folder(hatchery, weights, tmp_path) -> None:
+    for name in ("a.png", "b.png", "d.png"):
+        write_picture(tmp_path / "in" / name, Picture(levels(8, 8 + ord(name[0]))))
+    (tmp_path / "in" / "c.png").write_bytes(b"nothing")
+    code, out, err = hatchery("upscale", tmp_path / "in", tmp_path / "out", "--weights", weights, "--device", "cpu,cpu")
+    assert (code, err.count("\n"), "c.png cannot be read" in err) == (1, 1, True)
+    lines = out.splitlines()
+    assert lines[0].endswith("hat x2, fp32 on cpu, cpu") or "bf16 on cpu, cpu" in lines[0]
+    assert [line.split()[1] for line in lines if line.startswith("[")] == ["a.png:", "b.png:", "c.png:", "d.png:"]
+    assert "      b.png: done on cpu: 106 x 8 -> 212 x 16 px, RGB, 8 bits" in lines
+    assert "      c.png: failed on cpu" in lines
+    assert hatchery("upscale", tmp_path / "in" / "a.png", tmp_path / "one.png", "--weights", weights)[0] == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "out" / "a.png").read_bytes()
+
+
+def test_options_that_cannot_be_are_one_line_before_work(hatchery, tmp_path) -> None:
+    """The weights are not looked at: there are none."""
+    write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
+    write_picture(tmp_path / "folder" / "a.png", Picture(levels(8, 8)))
+    for arguments, message in (
+        (["in.png", "out.png", "--device", "cuda:77"], "--device cuda:77"),
+        (["in.png", "out.png", "--device", "gpu"], "--device gpu: choose auto, cpu, cuda"),
+        (["in.png", "out.png", "--quality", 80], "--quality is for JPEG and WebP, and results end in .png"),
+        (["in.png", "out.png", "--outscale", "-1"], "--outscale -1.0: it must be a positive number"),
+        (["in.png", "out.png", "--format", "jpg"], "--format jpg is not what"),
+        (["in.png", "out.png", "--alpha", "keep"], "--alpha keep: choose one of"),
+        (["folder", "one.png"], "one.png is called like an image"),
+        (["in.png", "folder/a.png/b.png"], "is a file, no folder"),
+    ):
+        paths = [tmp_path / name for name in arguments[:2]]
+        code, out, err = hatchery("upscale", *paths, *arguments[2:], "--weights", "/nothing.pth")
+        assert (code, out, err.count("\n"), message in err) == (2, "", 1, True), err
+    assert files(tmp_path) == ["folder/a.png", "in.png"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB; only root may make one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line(hatchery, weights, small_disk, tmp_path) -> None:
+    write_picture(tmp_path / "in" / "a.png", Picture(np.zeros((8, 8, 3), np.uint8)))
+    for name in ("b.png", "c.png"):
+        write_picture(tmp_path / "in" / name, Picture(levels(150, 150)))
+    code, out, err = hatchery("upscale", tmp_path / "in", small_disk, "--weights", weights, "--device", "cpu")
+    assert (code, err.count("\n"), "c.png" in out) == (2, 1, False)
+    assert f"{small_disk}/b.png cannot be written: No space left on device; 1 of 3 images are done" in err
+    assert files(small_disk) == ["a.png"]
+    code, _, err = hatchery("upscale", tmp_path / "in" / "b.png", small_disk / "b.png", "--weights", weights)
+    assert (code, err) == (2, f"hatchery: {small_disk}/b.png cannot be written: No space left on device\n")
+    assert files(small_disk) == ["a.png"]
+
+
+def test_a_read_only_disk_is_one_line_before_work(hatchery, small_disk, tmp_path) -> None:
+    write_picture(tmp_path / "in" / "a.png", Picture(levels(8, 8)))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for target in (small_disk, small_disk / "new", small_disk / "a.png" / "b"):
+        code, _, err = hatchery("upscale", tmp_path / "in", target, "--weights", "/nothing.pth")
+        assert (code, err) == (
+            2,
+            f"hatchery: {target} cannot be written: {small_disk} is read-only, or not yours: name another place\n",
+        )
+
+
+def test_a_file_that_is_too_large_costs_itself_alone(hatchery, weights, tmp_path) -> None:
+    write_picture(tmp_path / "in" / "a.png", Picture(levels(150, 150)))
+    write_picture(tmp_path / "in" / "b.png", Picture(levels(8, 8)))
+    with file_size_limit(100_000):
+        code, _, err = hatchery("upscale", tmp_path / "in", tmp_path / "out", "--weights", weights, "--device", "cpu")
+    assert (code, err) == (1, f"hatchery: {tmp_path}/out/a.png cannot be written: File too large\n")
+    assert files(tmp_path / "out") == ["b.png"]
 
 
 def test_compiled_networks_give_the_same_image(hatchery, weights, tmp_path, monkeypatch) -> None:
