@@ -42,7 +42,7 @@ def test_smaller_tiles_than_asked_for_are_refused(
 ) -> None:
     """They would be another answer, beside others that were not so."""
     network = build("hat", 2, **SIZES).eval()
-    monkeypatch.setattr("model.inference.free_bytes", lambda device: 6 * 10**6)
+    monkeypatch.setattr("model.inference.free_bytes", lambda device: 16 * 10**6)
     for protocol, asked in ((Protocol(), r"the whole image \(96 x 80 px\)"), (Protocol(tile=88), "tiles of 88 px")):
         with pytest.raises(ValueError, match=f"^one: {asked}, as asked for, may not fit .*; tiles are evaluate.tile"):
             judge(benchmark_image, 2, network, protocol)
