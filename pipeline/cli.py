@@ -120,6 +120,28 @@ def plan_command(
         capacity_report.for_gpus(loaded, nodes, gpus, gpu_memory, step_time, image_kb, console)
 
 
+@app.command("config")
+def config_command(
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, or a section with all below it; default all.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="With the values of this one: YAML file, or the name of one in configs/recipe.")
+    ] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    debug: Tracebacks = False,
+) -> None:
+    """Print every key of a recipe: its value, its default, what it is for, what it takes."""
+    from pipeline import config_reference
+    from pipeline.config import load_recipe
+
+    if override and recipe is None:
+        raise ValueError(f"--set {override[0]} needs a recipe to change: give --recipe")
+    loaded = load_recipe(recipe, override or []) if recipe is not None else None
+    for found in config_reference.chosen(config_reference.keys(loaded), key):
+        typer.echo(found.as_line())
+
+
 @app.command("upscale")
 def upscale_images(
     source: Annotated[str, typer.Argument(metavar="IN", help="An image, or a folder of images.")],
@@ -290,9 +312,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether a user can cause an error: also what MLflow refuses, if MLflow, slow to import, was imported at all."""
+    """Whether a user can cause an error: also what MLflow refuses."""
+    return isinstance(error, (*_USERS_ERRORS, *_mlflow_errors()))
+
+
+def _mlflow_errors() -> tuple[type[Exception], ...]:
+    """MLflow's errors; none where MLflow, which is slow to import, was not imported."""
     mlflow = sys.modules.get("mlflow.exceptions")
-    return isinstance(error, _USERS_ERRORS) or (mlflow is not None and isinstance(error, mlflow.MlflowException))
+    return (mlflow.MlflowException,) if mlflow is not None else ()
 
 
 def _one_line(error: Exception, command: str) -> str:
@@ -303,7 +330,7 @@ def _one_line(error: Exception, command: str) -> str:
     """
     cause = getattr(error, "cause", None)
     told = cause if isinstance(cause, Exception) else error
-    if not isinstance(told, ValueError | OSError | MemoryError):
+    if isinstance(told, _mlflow_errors()):
         return printable(without_secrets(f"MLflow refuses: {' '.join(str(told).split())[:300]}"))
     text = without_secrets(describe_os_error(told, command) if isinstance(told, OSError) else str(told))
     lines = [text] if isinstance(told, StorageError) else text.split("\n")  # a config's faults are many

@@ -267,7 +267,7 @@ class PhaseConfig(Settings):
     gamma: float = Field(0.5, gt=0, le=1, description="factor on the learning rate at each milestone")
     warmup_steps: int = Field(0, ge=0, description="steps of linear rise; needed after start: bicubic")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay per step of the averaged weights")
-    loss: Literal["l1", "l2", "charbonnier"] = "l1"
+    loss: Literal["l1", "l2", "charbonnier"] = Field("l1", description="between the network's pixels and the true ones")
     perceptual: PerceptualConfig | None = Field(None, description="a loss of deep features as well; null: none")
     adversarial: AdversarialConfig | None = Field(None, description="a discriminator's loss as well; null: none")
     grad_clip: float | None = Field(None, gt=0, description="largest gradient norm; null: no clipping")
@@ -360,7 +360,7 @@ class PhaseConfig(Settings):
 class TrainingConfig(Settings):
     """One node of the recipe's graph: a network of one scale, trained in one phase."""
 
-    scale: Literal[1, 2, 3, 4, 8]
+    scale: Literal[1, 2, 3, 4, 8] = Field(description="upscaling factor; 1: restoration without upscaling")
     phase: str = Field(description="name of the phase in `phases`")
     init_from: str | None = Field(None, description="an earlier training to start from; other scale: a cascade stage")
     init_weights: str | None = Field(
@@ -370,7 +370,7 @@ class TrainingConfig(Settings):
         "published",
         description="without init_from: the paper's random start, or bicubic interpolation exactly",
     )
-    seed: int = 0
+    seed: int = Field(0, description="of the network's random start and of what drop path drops")
 
     @model_validator(mode="after")
     def _one_start(self) -> "TrainingConfig":
@@ -453,7 +453,7 @@ class Places(Settings):
 class Recipe(Places):
     """Everything about one run of the pipeline."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200)]
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=200, description="of the run in MLflow")]
     seed: int = Field(0, description="seed of shard order, sample order, crops and initialization")
     model: ModelConfig
     data: dict[Name, DataConfig]

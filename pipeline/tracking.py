@@ -404,6 +404,8 @@ def database_file(uri: str) -> Path:
 def _check_database(uri: str) -> None:
     """TrackingError where a SQLite database cannot be opened or made; MLflow would try again for minutes."""
     file = database_file(uri)
+    if str(file) in (".", ":memory:") or str(file).startswith("file:"):
+        return  # SQLite's other forms
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(file)) as database:
