@@ -187,7 +187,7 @@ def test_wrong_calls_are_one_line_and_code_2(name: str, hatchery, weights, tmp_p
     write_picture(tmp_path / "in.png", Picture(levels(8, 8)))
     write_picture(tmp_path / "alpha.png", Picture(levels(8, 8, 4)))
     write_picture(tmp_path / "wide.png", Picture(levels(8, 8192)))
-    monkeypatch.setattr("pipeline.upscale.upscale", Mock(side_effect=AssertionError("no network may run")))
+    monkeypatch.setattr("pipeline.upscale.enlarge", Mock(side_effect=AssertionError("no network may run")))
     (tmp_path / "broken.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     before = files(tmp_path)
