@@ -3,7 +3,7 @@
 With minutes, the learning rate stays where it is until the first milestone, a share of the training. When that share
 of the minutes is over, the steps done tell how many there are in all; from then on it is a training of so many steps,
 whatever the clock says. The number goes into the next checkpoint, which is made at once, so a training that is killed
-goes on to the same number; and with `steps` of that number in place of `minutes`, a training has the same learning rates.
+goes on to the same number; with `steps` of that number in place of `minutes`, the learning rates are the same.
 """
 
 import math
