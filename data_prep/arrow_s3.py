@@ -18,6 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pyarrow import fs
 
 from data_prep import s3
+from data_prep.ranged_file import RangedFile
 from data_prep.uri import split_s3
 
 _BUFFER_BYTES = 2**20
@@ -140,39 +141,15 @@ class S3Handler(fs.FileSystemHandler):
 def _reader(uri: str) -> io.BufferedReader:
     with _naming(uri):
         size, _ = s3.head(uri, s3.PATIENT_ATTEMPTS)
-    return io.BufferedReader(_Object(uri, size), _BUFFER_BYTES)
 
+    def read(offset: int, length: int) -> bytes:
+        with _naming(uri):
+            data = s3.read(uri, offset, length, s3.PATIENT_ATTEMPTS)
+        if len(data) != length:
+            raise OSError(f"{uri}: {len(data)} of {length} bytes at {offset}; it changed meanwhile")
+        return data
 
-class _Object(io.RawIOBase):
-    """An object as a file to read."""
-
-    def __init__(self, uri: str, size: int) -> None:
-        self._uri, self._size, self._at = uri, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._at))
-        if wanted == 0:
-            return 0
-        with _naming(self._uri):
-            data = s3.read(self._uri, self._at, wanted, s3.PATIENT_ATTEMPTS)
-        if len(data) != wanted:
-            raise OSError(f"{self._uri}: {len(data)} of {wanted} bytes at {self._at}; it changed meanwhile")
-        buffer[:wanted] = data
-        self._at += wanted
-        return wanted
+    return io.BufferedReader(RangedFile(size, read), _BUFFER_BYTES)
 
 
 class _Writer:

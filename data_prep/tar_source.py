@@ -4,13 +4,13 @@ Made for ImageNet as it is distributed, a tar of class tars; a tar of images is 
 headers are read, so a tar in an object store costs one small request for each of its images, 16 class tars at once.
 """
 
-import io
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
+from data_prep.ranged_file import RangedFile
 from data_prep.storage import DamageError, file_info, is_local, read_range
 
 _AT_ONCE = 16
@@ -51,7 +51,7 @@ def _inside(uri: str, member: Member) -> list[Member]:
 def _headers(name: str, uri: str, start: int, end: int) -> Iterator[Member]:
     """The regular files of the tar that lies at start..end of `uri`. Raises DamageError where it breaks off."""
     try:
-        with tarfile.open(fileobj=_Part(uri, start, end), mode="r:") as tar:
+        with tarfile.open(fileobj=_part(uri, start, end), mode="r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # else it keeps them all
                 if start + member.offset_data + member.size > end:
@@ -62,29 +62,6 @@ def _headers(name: str, uri: str, start: int, end: int) -> Iterator[Member]:
         raise DamageError(f"{name}: it is no sound, uncompressed tar ({error}); copy it anew") from error
 
 
-class _Part(io.RawIOBase):
-    """Bytes start..end of `uri` as a file; just what is read is fetched."""
-
-    def __init__(self, uri: str, start: int, end: int) -> None:
-        self._uri, self._start, self._end, self._at = uri, start, end, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end - self._start}[whence]
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        wanted = max(0, min(len(buffer), self._end - self._start - self._at))
-        data = read_range(self._uri, self._start + self._at, wanted)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+def _part(uri: str, start: int, end: int) -> RangedFile:
+    """Bytes start..end of `uri` as a file."""
+    return RangedFile(end - start, lambda offset, length: read_range(uri, start + offset, length))

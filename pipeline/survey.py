@@ -47,26 +47,15 @@ def survey(recipe: Recipe) -> Outside:
     for name in recipe.evaluate.sets:
         for scale in recipe.scales_judged(name):
             recipe.evaluate.images(name, scale)
-    amounts: dict[str, Amount] = {}
+    amounts = {name: Amount() for name in (*used, *recipe.evaluate.sets)}
+    trained = {name: training_items(data.source, data.include, data.exclude) for name, data in used.items()}
+    judged = {
+        name: sources.iter_items(uri, recipe.evaluate.include.get(name, ()))
+        for name, uri in recipe.evaluate.sets.items()
+    }
     return Outside(
-        {
-            name: sources.fingerprint(
-                _counted(
-                    training_items(data.source, list(data.include), list(data.exclude)),
-                    amounts.setdefault(name, Amount()),
-                )
-            )
-            for name, data in used.items()
-        },
-        {
-            name: set_fingerprint(
-                _counted(
-                    sources.iter_items(uri, list(recipe.evaluate.include.get(name, ()))),
-                    amounts.setdefault(name, Amount()),
-                )
-            )
-            for name, uri in recipe.evaluate.sets.items()
-        },
+        {name: sources.fingerprint(_counted(items, amounts[name])) for name, items in trained.items()},
+        {name: set_fingerprint(_counted(items, amounts[name])) for name, items in judged.items()},
         _weights(recipe),
         check_backbones(recipe),
         amounts,

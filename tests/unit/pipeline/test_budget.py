@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from pipeline import budget, train
 from pipeline.budget import Budget
-from pipeline.config import ComputeConfig, ConfigError, PhaseConfig, ValidationConfig, load_recipe
+from pipeline.config import ComputeConfig, ConfigError, PhaseConfig, load_recipe
 from pipeline.plan import Outside, stages_of
 from pipeline.schedule import learning_rate
+from tests.unit.pipeline.loop import run_of, stand_in
 
 
 def phase(**changes: Any) -> PhaseConfig:
@@ -32,25 +33,8 @@ class Training:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, of: PhaseConfig, meta: dict[str, Any] | None = None) -> None:
         self.clock, self.rates, self.saved, self.told = Clock(monkeypatch), [], [], []
         self.step_s, self.stop_at = 1.0, 0
-        self.run: Any = SimpleNamespace(
-            job=SimpleNamespace(phase=of, compute=ComputeConfig(), validation=ValidationConfig()),
-            optimizer=SimpleNamespace(applied=True, stop_wanted=False, save_wanted=False, settle_wanted=False),
-            budget=Budget(of, meta or {}),
-            report=self.told.append,
-            **{"device": "cpu", "rank": 0, "step": (meta or {}).get("step", 0), "data_offset": 0, "saved": None},
-            **{"validator": None, "mailbox": None},
-        )
-        for name, stand_in in {
-            "Window": lambda device: None,
-            "StopWatch": lambda mailbox: SimpleNamespace(poll=lambda: False),
-            "SaveWatch": lambda every_s: SimpleNamespace(poll=lambda: False, saved=lambda: None, preempted=False),
-            "CommunicationProbe": lambda: SimpleNamespace(begin=lambda: None, end=lambda: 0.0),
-            "_Trace": lambda run: SimpleNamespace(before_step=lambda: None, after_step=lambda: None),
-            "_log": lambda *arguments: {},
-            "step": self.step,
-            "save": self.save,
-        }.items():
-            monkeypatch.setattr(train, name, stand_in)
+        self.run = run_of(of, ComputeConfig(), meta or {}, report=self.told.append)
+        stand_in(monkeypatch, step=self.step, save=self.save)
         self.clock.now_s += 500  # starting up
 
     def step(self, run: Any, window: Any, rate: float, **wishes: bool) -> list[str]:

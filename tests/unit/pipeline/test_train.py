@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pipeline import train
-from pipeline.budget import Budget
-from pipeline.config import ComputeConfig, PhaseConfig, ValidationConfig
+from pipeline.config import ComputeConfig, PhaseConfig
+from tests.unit.pipeline.loop import run_of, stand_in
 
 OK, BAD, STOP, SAVE = "ok", "bad", "stop", "save"
 
@@ -20,25 +20,8 @@ class Loop:
         self.saved: list[int] = []
         phase = PhaseConfig(data="d", steps=len(steps), checkpoint_every=every, log_every=100)
         compute = ComputeConfig(bad_steps_tolerated=tolerated)
-        self.run: Any = SimpleNamespace(
-            job=SimpleNamespace(phase=phase, compute=compute, validation=ValidationConfig()),
-            optimizer=SimpleNamespace(applied=True, stop_wanted=False, save_wanted=False, settle_wanted=False),
-            budget=Budget(phase, {}),
-            **{"device": "cpu", "rank": 0, "step": 0, "data_offset": 0, "saved": None, "validator": None},
-        )
-        for name, stand_in in {
-            "Window": lambda device: None,
-            "StopWatch": lambda mailbox: SimpleNamespace(poll=lambda: False),
-            "SaveWatch": lambda every_s: SimpleNamespace(poll=lambda: False, saved=lambda: None, preempted=False),
-            "CommunicationProbe": lambda: SimpleNamespace(begin=lambda: None, end=lambda: 0.0),
-            "_Trace": lambda run: SimpleNamespace(before_step=lambda: None, after_step=lambda: None),
-            "_log": lambda *arguments: {},
-            "_tell_of_bad_step": lambda run, keys: None,
-            "step": self.step,
-            "save": self.save,
-        }.items():
-            monkeypatch.setattr(train, name, stand_in)
-        self.run.mailbox = None
+        self.run = run_of(phase, compute, {})
+        stand_in(monkeypatch, step=self.step, save=self.save, _tell_of_bad_step=lambda run, keys: None)
 
     def step(self, run: Any, window: Any, rate: float, **wishes: bool) -> list[str]:
         what = self.steps[run.step]
