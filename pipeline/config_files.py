@@ -5,6 +5,7 @@ any folder. An entry of a mapping that is null takes back what an extended file 
 """
 
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,22 @@ def overridden(kind: Any, config: DictConfig, overrides: list[str]) -> Any:
             raise ConfigError(f"override {override!r} is not of the form key.sub_key=value")
         origin = f"--set {override!r}"
         try:
-            layer = OmegaConf.from_dotlist([override])
+            layer = OmegaConf.from_dotlist([f"{key}={_whole(value)}"])
         except yaml.MarkedYAMLError as error:
             raise ConfigError(f"{origin}: {place_of(error, value)}") from error
         except _UNREADABLE as error:
             raise ConfigError(f"{origin}: not readable: {first_line(error)}") from error
         config = _on_top(kind, config, layer, origin)
     return config
+
+
+def _whole(value: str) -> str:
+    """An override's value; quoted where YAML would take the end of a text, as of a path with " #" in it, for a comment.
+
+    yaml.YAMLError where it is no YAML.
+    """
+    read = yaml.safe_load(value) if " #" in value else None
+    return json.dumps(value) if isinstance(read, str) and value.startswith(read) else value
 
 
 def first_line(error: BaseException) -> str:

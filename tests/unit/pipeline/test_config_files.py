@@ -6,12 +6,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from pipeline import published
+from pipeline import config_files, published
 from pipeline.config import CONFIGS, ConfigError, Recipe, load_recipe
 from pipeline.domain import load_domain
 from pipeline.rule import GateConfig
@@ -255,3 +257,13 @@ def test_shipped_configs_are_found_where_the_project_is_installed(tmp_path: Path
         text=True,
     )
     assert done.stdout.split() == [str(site / "configs"), str(site / "configs" / "recipe" / "hat_l.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [("/x #1", "/x #1"), ("'/x #1'", "/x #1"), ("3 # three", 3), ("[1, 2] # c", [1, 2]), ("/x#1", "/x#1")],
+)
+def test_a_text_given_to_set_is_taken_whole(value: str, read: Any) -> None:
+    """A path may have " #" in it, where YAML begins a comment."""
+    config = OmegaConf.create({"storage": {"uri": "runs"}})
+    assert config_files.overridden(Recipe, config, [f"storage.uri={value}"]).storage.uri == read
