@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.sources import list_items
+from data_prep.sources import key_of, list_items
 
 _SUBSAMPLINGS = ("4:2:0", "4:2:0", "4:2:0", "4:4:4", "4:2:2")
 
 
 def shipped(name: str) -> np.ndarray:
     """One of the photographs, (height, width, 3) uint8."""
-    (item,) = (item for item in list_items("photographs:") if item.key == name)
+    (item,) = (item for item in list_items("photographs:") if item.key == key_of(name))
     return _read(item.uri)
 
 
