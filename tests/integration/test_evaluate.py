@@ -91,9 +91,10 @@ def test_the_command_judges_anybodys_weights_and_compares_them(tmp_path: Path) -
     assert "33.66" in done.stdout  # published bicubic
     results = report.from_json((tmp_path / "out" / "results.json").read_text())
     assert [(r.model, r.set) for r in results] == [("a", "Set5"), ("a", "mine"), ("b", "Set5"), ("b", "mine")]
-    # the LR of a folder of plain images is made by exact bicubic: the same figures as with the published file
+    # the LR of a folder of plain images is made by exact bicubic: the same figures as with the published file, but for
+    # the rim, where the published file was made of the whole image and this one of its crop
     bird = next(image for image in results[0].images if image.image == "bird")
-    assert results[1].images[0].bicubic_psnr_y == bird.bicubic_psnr_y
+    assert results[1].images[0].bicubic_psnr_y == pytest.approx(bird.bicubic_psnr_y, abs=0.01)
     assert results[0].psnr_y > results[2].psnr_y
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".csv", ".txt", ""}
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 6
