@@ -2,10 +2,10 @@
 
 Sample number i of a global step belongs to rank i mod world_size, as its turn i // world_size of that step; worker k
 of L makes those turns q, counted on through the steps, with q mod L = k. Where world_size x micro_batch does not
-divide the global batch, the last micro-batches of a step are shorter, or empty. A worker delivers its share of each
-micro-batch, the main process lays the shares back into order. Where num_streams is divisible by
-world_size x num_workers, a worker serves whole streams and reads few shards at a time; other numbers give the same
-batches and read more.
+divide the global batch, the last micro-batches of a step are shorter, or empty. A worker delivers its share of so many
+micro-batches that it has a sample in them, the main process lays the shares back into order. Where num_streams is
+divisible by world_size x num_workers, a worker serves whole streams and reads few shards at a time; other numbers give
+the same batches and read more.
 """
 
 import functools
@@ -15,7 +15,7 @@ import multiprocessing
 import multiprocessing.util
 import os
 import tempfile
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -36,10 +36,11 @@ from data_prep.storage import DamageError, StorageError
 
 __all__ = ["Batch", "PairLoader", "PairSettings"]
 
-_PREFETCH_BATCHES = 32  # how many micro-batches ahead the next shards are asked for
-_FETCH_BATCHES = 2  # how many micro-batches ahead single samples are fetched where their shards are not here
+_AHEAD_TURNS = 32  # how many samples of each stream ahead its next shard is asked for; a quarter of a shard at most
+_AHEAD_SAMPLES = 8  # at least so many samples ahead are known, and fetched one by one where their shards are not here
 _NEIGHBOURS = 8  # how many samples of a shard are tried in a damaged one's place, before other shards
-_WORKER_QUEUE = 2  # shares that each worker has ready
+_READY_SAMPLES = 4  # that each worker has ready at least
+_READY_SHARES = 2
 
 
 _log = logging.getLogger(__name__)
@@ -59,11 +60,15 @@ class Batch(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """One worker's part of a micro-batch; high_res stays uint8 on its way to the main process."""
+    """One worker's part of one or more micro-batches; high_res stays uint8 on its way to the main process."""
 
     low_res: torch.Tensor
     high_res: torch.Tensor
     keys: list[str]
+
+    def rows(self, start: int, count: int) -> "_Share":
+        """`count` of its samples."""
+        return _Share(*(part[start : start + count] for part in self))
 
 
 class _Crop(NamedTuple):
@@ -97,6 +102,15 @@ class _Turns(NamedTuple):
         mine = -(-(self.global_batch - self.rank) // self.world_size)
         return min(max(mine - before, 0), self.micro_batch)
 
+    def of_worker(self, number: int, worker: int, num_workers: int) -> range:
+        """The turns q of micro-batch `number` that fall to a worker."""
+        start = number * self.micro_batch
+        return range(start + (worker - start) % num_workers, start + self.size(number), num_workers)
+
+    def span(self, num_workers: int) -> int:
+        """How many micro-batches hold a turn for every worker."""
+        return -(-num_workers // self.micro_batch)
+
     def sample(self, q: int) -> int:
         """The number g of the sample that turn q serves."""
         step, turn = divmod(q, self.per_step * self.micro_batch)
@@ -125,27 +139,32 @@ class _Shares(IterableDataset[_Share]):
         order = order_of(self.shard_set, settings)
         reader = ShardReader(self.shard_set, settings.cache_dir, settings.cache_bytes)
         images = _Images(self.shard_set, reader, settings)
-        ahead: deque[list[_Crop]] = deque()
-        number = self.first_micro_batch
+        horizon = _horizon(order, self.shard_set, self.turns.world_size * num_workers)
+        ahead: deque[list[_Crop]] = deque()  # of each share, from the next one on
+        due: Counter[int] = Counter()  # how many of these crops come from each shard
+        share = 0
         try:
             while True:
-                while len(ahead) < _PREFETCH_BATCHES:
-                    ahead.append(self._crops(order, worker, num_workers, number + len(ahead)))
-                reader.prefetch(crop.place.shard for crops in ahead for crop in crops)
-                soon = [crop.where for crops in itertools.islice(ahead, _FETCH_BATCHES) for crop in crops]
-                reader.fetch_ahead(where for where in soon if not images.holds(*where))
-                yield self._share([images.pair(crop) for crop in ahead.popleft()])
-                number += 1
+                while len(ahead) < 2 or (due.total() < horizon and len(ahead) < horizon):
+                    ahead.append(self._crops(order, worker, num_workers, share + len(ahead)))
+                    due.update(crop.place.shard for crop in ahead[-1])
+                reader.prefetch(due)
+                soon = itertools.islice(itertools.chain(*ahead), len(ahead[0]) + max(len(ahead[1]), _AHEAD_SAMPLES))
+                reader.fetch_ahead([crop.where for crop in soon if not images.holds(*crop.where)])
+                crops = ahead.popleft()
+                yield self._share([images.pair(crop) for crop in crops])
+                share += 1
+                due.subtract(crop.place.shard for crop in crops)
+                due += Counter()  # without those that were passed
         finally:
             reader.close()
 
-    def _crops(self, order: SampleOrder | MixedOrder, worker: int, num_workers: int, number: int) -> list[_Crop]:
-        """What this worker makes for micro-batch `number`."""
-        turns = self.turns
-        start = number * turns.micro_batch
-        mine = range(start + (worker - start) % num_workers, start + turns.size(number), num_workers)
-        crops = self.settings.crops_per_image
-        return [_Crop(*crop_position(order, turns.sample(q), crops)) for q in mine]
+    def _crops(self, order: SampleOrder | MixedOrder, worker: int, num_workers: int, share: int) -> list[_Crop]:
+        """What this worker makes for its share number `share`."""
+        span, crops = self.turns.span(num_workers), self.settings.crops_per_image
+        first = self.first_micro_batch + share * span
+        mine = itertools.chain(*(self.turns.of_worker(n, worker, num_workers) for n in range(first, first + span)))
+        return [_Crop(*crop_position(order, self.turns.sample(q), crops)) for q in mine]
 
     def _share(self, named_pairs: list[tuple[str, Pair]]) -> _Share:
         patch, side = self.settings.patch_px, self.settings.min_side_px
@@ -244,6 +263,16 @@ def _substitutes(shard_set: ShardSet, shard: int, number: int) -> Iterator[tuple
         yield other, number % shard_set.shards[other].count
 
 
+def _horizon(order: SampleOrder | MixedOrder, shard_set: ShardSet, num_readers: int) -> int:
+    """How many of its samples one of `num_readers` looks ahead: so that its streams' next shards are known in time.
+
+    Shards are held from then on until they are passed, so of small ones only the next is asked for.
+    """
+    per_shard = shard_set.num_samples // len(shard_set.shards)
+    turns = max(1, min(_AHEAD_TURNS, per_shard // 4))
+    return max(_AHEAD_SAMPLES, -(-turns * order.num_streams // num_readers))
+
+
 def micro_batches_per_step(global_batch: int, micro_batch: int, world_size: int) -> int:
     """How many micro-batches each rank has in a global step: enough for the rank with the most samples."""
     return -(-global_batch // (world_size * micro_batch))
@@ -285,11 +314,14 @@ class PairLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         shares = iter(self._shares) if self._num_workers == 0 else iter(self._data_loader())
-        number = self._first
-        while True:
-            parts = [next(shares) for _ in range(max(1, self._num_workers))]
-            yield self._batch(parts, number)
-            number += 1
+        workers = max(1, self._num_workers)
+        span = self._turns.span(workers)
+        for first in itertools.count(self._first, span):
+            parts, taken = [next(shares) for _ in range(workers)], [0] * workers
+            for number in range(first, first + span):
+                counts = [len(self._turns.of_worker(number, worker, workers)) for worker in range(workers)]
+                yield self._batch([part.rows(*rows) for part, *rows in zip(parts, taken, counts, strict=True)], number)
+                taken = [start + count for start, count in zip(taken, counts, strict=True)]
 
     def _batch(self, parts: list[_Share], number: int) -> Batch:
         """The micro-batch whose samples the parts hold in turn, beginning with the worker whose turn it is."""
@@ -309,12 +341,13 @@ class PairLoader:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         _shorten_sockets()
+        per_share = max(1, self._turns.micro_batch * self._turns.span(self._num_workers) // self._num_workers)
         return DataLoader(
             self._shares,
             batch_size=None,
             num_workers=self._num_workers,
             multiprocessing_context=context,
-            prefetch_factor=_WORKER_QUEUE,
+            prefetch_factor=max(_READY_SHARES, -(-_READY_SAMPLES // per_share)),
             worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )

@@ -1,14 +1,18 @@
 """Samples' bytes by shard and number: from local tars, from a cache of tars, or straight from an object store.
 
-All readers of a node share one cache folder. A tar is stored there under its sha256, downloaded once, checked, and
-the least recently used tars that nobody reads are deleted when the folder outgrows its limit. Where it is full, and
-until a tar has arrived, samples come as ranges of the object, a few ahead: a training starts before the first tar is
-there, and a cache that is too small costs requests, not correctness.
+All readers of a node share one cache folder. A tar is stored there under its sha256, downloaded once and checked. A
+reader holds the tars that its next samples come from and lets go of those that they have passed; when the folder
+outgrows its limit, the tars that nobody holds are deleted, the longest unused first. So a set may be larger than the
+cache by any factor: what must fit is what is being read, one or two shards for each stream of the order. Where even
+that does not fit, and until a tar has arrived, samples come as ranges of the object, a few ahead: a training starts
+before the first tar is there, and a cache that is too small costs requests, not correctness. A tar that was damaged on
+this node's disk is deleted, and its samples come from the store again.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -27,7 +31,7 @@ _DOWNLOADS = 2  # tars at once, of each reader
 _QUEUED = 4  # tars asked for and not there; more are asked for when these have come: the store is not flooded
 _RANGES = 8  # samples at once
 _RANGES_AHEAD = 64  # samples in memory that nobody has read yet
-_FULL_S = 30.0  # how long a full cache is not asked again
+_FULL_S = 5.0  # how long a cache that is full of tars being read is not asked again
 _FAILED_S = 30.0  # how long a tar that could not be fetched is not asked for again; a damaged one never is
 
 _log = logging.getLogger(__name__)
@@ -59,31 +63,41 @@ class ShardReader:
     def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
         """The original bytes of sample `number`, and its seek points.
 
-        Raises DamageError where the bytes are not what the index promises; seek points have a checksum of their own.
+        Raises DamageError where the bytes are not what the index promises, in the store itself, too; seek points have a
+        checksum of their own.
         """
         sample = self._set.samples(shard)[number]
         descriptor = self._descriptor(shard)
         ahead = self._ahead.pop((shard, number), None)
         if descriptor is not None:
-            both = os.pread(descriptor, *_extent(sample))
+            both = _read_at(descriptor, sample)
+            if not self._local and not _is_sound(both, sample):
+                self._discard(shard)
+                both = self._range(shard, number)
         else:
             both = ahead.result() if ahead else self._range(shard, number)
-        data = both[: sample.size]
-        if hashlib.sha256(data).hexdigest() != sample.sha256:
+        if not _is_sound(both, sample):
             raise DamageError(
                 f"{self._set.tar_uri(shard)}: sample {sample.key} is not the one that was written; make the shard anew"
             )
-        return data, both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+        return both[: sample.size], both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Start to download shards that will be read soon, as far as the queue has room."""
-        if self._local or time.monotonic() < self._full_until:
+        """Say which shards will be read soon, the next one first; let go of all others.
+
+        They are held if they are here, else their download is started as far as the queue has room.
+        """
+        if self._local:
             return
+        soon = list(itertools.islice(dict.fromkeys(shards), _OPEN_FILES))
+        for shard in self._files.keys() - set(soon):
+            self._let_go(self._files.pop(shard))
         now = time.monotonic()
-        for shard in shards:
-            if shard in self._wanted or shard in self._files or now < self._failed_until.get(shard, 0.0):
+        for shard in soon:
+            if shard in self._wanted or self._descriptor(shard) is not None:
                 continue
-            if len(self._wanted) < _QUEUED:
+            waits = now < max(self._full_until, self._failed_until.get(shard, 0.0))
+            if not waits and len(self._wanted) < _QUEUED:
                 self._wanted.add(shard)
                 self._downloads.submit(self._fetch, shard)
 
@@ -105,7 +119,7 @@ class ShardReader:
         self._ranges.shutdown(wait=True, cancel_futures=True)
         self._downloads.shutdown(wait=True, cancel_futures=True)
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._let_go(self._files.popitem()[1])
 
     def _range(self, shard: int, number: int) -> bytes:
         sample = self._set.samples(shard)[number]
@@ -120,9 +134,24 @@ class ShardReader:
         opened = self._open_local(shard) if self._local else _open_cached(self._path(shard))
         if opened is not None:
             if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._let_go(self._files.popitem(last=False)[1])
             self._files[shard] = opened
         return opened
+
+    def _let_go(self, opened: int) -> None:
+        """Close a tar; of the cache's, what was let go of last is deleted last."""
+        if not self._local:
+            _mark_used(opened)
+        os.close(opened)
+
+    def _discard(self, shard: int) -> None:
+        """Delete a cached tar that this node's disk has damaged, unless somebody has replaced it."""
+        opened, path = self._files.pop(shard), self._path(shard)
+        _log.warning("%s: damaged on this disk: deleted, read from %s", path, self._set.tar_uri(shard))
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if os.path.samestat(os.fstat(opened), os.lstat(path)):
+                path.unlink()
+        os.close(opened)
 
     def _open_local(self, shard: int) -> int:
         path, entry = self._set.tar_uri(shard), self._set.shards[shard]
@@ -173,13 +202,15 @@ class ShardReader:
             room.unlink()
 
     def _reserve(self, room: Path, needed: int) -> bool:
-        """Delete tars that nobody reads, the least recently used first, until `needed` bytes fit, and reserve these.
+        """Delete tars that nobody holds, the longest unused first, until `needed` bytes fit, and reserve these.
 
         False where they do not fit. A reservation is a file without blocks, as long as what is to come.
         """
         with _locked(self._cache / "eviction.lock"):
-            tars = sorted((tar.stat().st_mtime_ns, tar.stat().st_size, tar) for tar in self._cache.glob("*.tar"))
-            total = needed + sum(size for _, size, _ in tars) + sum(map(_reserved, self._cache.glob("*.room")))
+            # reservations first: one that becomes a tar meanwhile is counted twice rather than not at all
+            reserved = sum(map(_reserved, self._cache.glob("*.room")))
+            tars = sorted(_tars(self._cache))
+            total = needed + reserved + sum(size for _, size, _ in tars)
             for _, size, tar in tars:
                 if total <= self._cache_bytes:
                     break
@@ -198,16 +229,40 @@ def _extent(sample: Sample) -> tuple[int, int]:
     return end - sample.offset, sample.offset
 
 
+def _read_at(descriptor: int, sample: Sample) -> bytes:
+    """A sample's bytes and seek points; nothing where the disk cannot read them."""
+    try:
+        return os.pread(descriptor, *_extent(sample))
+    except OSError:
+        return b""
+
+
+def _is_sound(both: bytes, sample: Sample) -> bool:
+    return hashlib.sha256(memoryview(both)[: sample.size]).hexdigest() == sample.sha256
+
+
 def _open_cached(path: Path) -> int | None:
-    """An open tar of the cache, marked as being read; None where it is not there or may not be opened."""
+    """An open tar of the cache, held by this reader; None where it is not there or may not be opened."""
     try:
         opened = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     fcntl.flock(opened, fcntl.LOCK_SH)
-    with contextlib.suppress(OSError):  # another user's: its owner's use alone counts
-        os.utime(path)  # used now
+    _mark_used(opened)
     return opened
+
+
+def _mark_used(opened: int) -> None:
+    with contextlib.suppress(OSError):  # another user's: its owner's use alone counts
+        os.utime(opened)
+
+
+def _tars(cache: Path) -> Iterator[tuple[int, int, Path]]:
+    """(time of last use in ns, bytes, path) of each tar of the cache."""
+    for tar in cache.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # found to be damaged meanwhile
+            found = tar.lstat()
+            yield found.st_mtime_ns, found.st_size, tar
 
 
 def _reserved(room: Path) -> int:
@@ -224,14 +279,14 @@ def _reserved(room: Path) -> int:
 
 
 def _delete_unread(tar: Path) -> bool:
-    """Delete a tar of the cache unless some reader has it open."""
-    with open(tar, "rb") as file:
+    """Delete a tar of the cache unless some reader holds it."""
+    with contextlib.suppress(FileNotFoundError), open(tar, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         tar.unlink()
-        return True
+    return True
 
 
 @contextlib.contextmanager

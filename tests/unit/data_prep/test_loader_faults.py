@@ -245,26 +245,6 @@ def test_a_cache_that_may_not_be_written_is_named_and_done_without(shards, as_if
     assert caplog.text.count("Not a directory") == 1
 
 
-@pytest.fixture
-def as_if_remote(monkeypatch):
-    """A set in a folder, read as one in an object store is; counts of the downloads and ranges by address."""
-    counts = Counter()
-
-    def counted(name):
-        real = getattr(shard_cache, name)
-
-        def call(uri, *arguments):
-            counts[name, uri, *(arguments if name == "read_range" else ())] += 1
-            return real(uri, *arguments)
-
-        monkeypatch.setattr(shard_cache, name, call)
-
-    counted("download")
-    counted("read_range")
-    monkeypatch.setattr(shard_cache, "is_local", lambda uri: False)
-    return counts
-
-
 def test_a_damaged_tar_is_downloaded_once_and_named_once(shards, copy, as_if_remote, tmp_path, caplog):
     """The damage is behind the samples: these are sound, and read one by one."""
     tar = join(copy, "shard-000002.tar")
