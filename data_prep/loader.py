@@ -11,10 +11,14 @@ the same batches and read more.
 import functools
 import itertools
 import logging
+import math
 import multiprocessing
 import multiprocessing.util
 import os
+import sys
 import tempfile
+import threading
+import types
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +111,11 @@ class _Turns(NamedTuple):
         start = number * self.micro_batch
         return range(start + (worker - start) % num_workers, start + self.size(number), num_workers)
 
+    def num_streams(self, all_streams: int, num_workers: int) -> int:
+        """How many of all streams a worker meets: few where its numbers g keep their remainder."""
+        divides = self.global_batch == self.per_step * self.micro_batch * self.world_size
+        return all_streams // math.gcd(all_streams, self.world_size * num_workers) if divides else all_streams
+
     def span(self, num_workers: int) -> int:
         """How many micro-batches hold a turn for every worker."""
         return -(-num_workers // self.micro_batch)
@@ -140,6 +149,7 @@ class _Shares(IterableDataset[_Share]):
         reader = ShardReader(self.shard_set, settings.cache_dir, settings.cache_bytes)
         images = _Images(self.shard_set, reader, settings)
         horizon = _horizon(order, self.shard_set, self.turns.world_size * num_workers)
+        self.shard_set.remember(_in_hand(order, self.shard_set, self.turns.num_streams(order.num_streams, num_workers)))
         ahead: deque[list[_Crop]] = deque()  # of each share, from the next one on
         due: Counter[int] = Counter()  # how many of these crops come from each shard
         share = 0
@@ -273,6 +283,14 @@ def _horizon(order: SampleOrder | MixedOrder, shard_set: ShardSet, num_readers: 
     return max(_AHEAD_SAMPLES, -(-turns * order.num_streams // num_readers))
 
 
+def _in_hand(order: SampleOrder | MixedOrder, shard_set: ShardSet, num_streams: int) -> int:
+    """About as many shards as a reader of some streams reads from at a time: those of a block, and the next."""
+    orders = order.orders if isinstance(order, MixedOrder) else (order,)
+    per_shard = shard_set.num_samples // len(shard_set.shards)
+    in_block = -(-orders[0].shuffle_block // per_shard) + 2
+    return min(len(shard_set.shards), len(orders) * num_streams * in_block + _NEIGHBOURS)
+
+
 def micro_batches_per_step(global_batch: int, micro_batch: int, world_size: int) -> int:
     """How many micro-batches each rank has in a global step: enough for the rank with the most samples."""
     return -(-global_batch // (world_size * micro_batch))
@@ -313,7 +331,7 @@ class PairLoader:
         return self.shard_set.num_samples
 
     def __iter__(self) -> Iterator[Batch]:
-        shares = iter(self._shares) if self._num_workers == 0 else iter(self._data_loader())
+        shares = iter(self._shares) if self._num_workers == 0 else self._start_workers()
         workers = max(1, self._num_workers)
         span = self._turns.span(workers)
         for first in itertools.count(self._first, span):
@@ -336,13 +354,13 @@ class PairLoader:
             keys[rows] = part.keys
         return Batch(low_res, high_res, keys, number // self._turns.per_step)
 
-    def _data_loader(self) -> DataLoader[_Share]:
+    def _start_workers(self) -> Iterator[_Share]:
         """Worker processes from a fork server: a fork of this process would copy Ray's and gRPC's threads' locks."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["data_prep.reader_server"])
         _shorten_sockets()
         per_share = max(1, self._turns.micro_batch * self._turns.span(self._num_workers) // self._num_workers)
-        return DataLoader(
+        loader = DataLoader(
             self._shares,
             batch_size=None,
             num_workers=self._num_workers,
@@ -351,6 +369,19 @@ class PairLoader:
             worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )
+        with _without_main():
+            return iter(loader)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start meanwhile do not import the main module again, which in a Ray worker is Ray's."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _shorten_sockets() -> None:
@@ -366,10 +397,19 @@ def _shorten_sockets() -> None:
 
 
 def _start_worker(environment: dict[str, str], _: int) -> None:
-    """The fork server may be older than the present S3 credentials."""
+    """Take the present S3 credentials, which the fork server may be older than, and end with the training process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in s3.environment().keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that it reads for is gone, killed or not; its own parent is the fork server."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _check_numbers(

@@ -16,6 +16,7 @@ from g and not from the place in the epoch, a rank keeps its streams across epoc
 import bisect
 import functools
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,8 +96,8 @@ class SampleOrder:
         stream_starts = np.concatenate([[0], np.cumsum(lengths)])
         return _Epoch(shards, starts.tolist(), stream_starts.tolist())
 
-    def _permute(self, size: int, *key: int) -> list[int]:
-        return permutation(size, self.seed, *key)
+    def _permute(self, size: int, *key: int) -> "array[int]":
+        return array("I", permutation(size, self.seed, *key))  # a list takes nine times the memory
 
 
 class MixedOrder:

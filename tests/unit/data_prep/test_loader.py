@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 
@@ -241,6 +242,7 @@ def test_batches_inside_a_ray_worker_are_the_same(expected, shards, ray_local):
 
 WITH_WORKERS = """
 import itertools, multiprocessing.util, sys
+print("main")
 from data_prep.loader import PairLoader, PairSettings
 if __name__ == "__main__":
     settings = PairSettings(scale=2, patch_px=16, num_streams=8, shuffle_block=3, seed=1)
@@ -258,10 +260,32 @@ def test_workers_start_where_the_temporary_folder_is_too_long_for_sockets(expect
     command = [sys.executable, str(tmp_path / "train.py"), shards.uri]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    keys, sockets = done.stdout.splitlines()
+    main, keys, sockets = done.stdout.splitlines()  # the main module runs once: in a Ray worker it is all of Ray
+    assert main == "main"
     assert keys.split() == [key for batch in expected[:2] for key in batch.keys]
     assert not os.path.exists(sockets)
     assert not sockets.startswith(str(folder))
+
+
+KILLED = """
+import itertools, multiprocessing, os, signal, sys
+from data_prep.loader import PairLoader, PairSettings
+batches = iter(PairLoader(sys.argv[1], PairSettings(scale=2, patch_px=16), 8, 8, 0, 1, 2))
+next(batches)
+print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_training(shards, tmp_path):
+    """Else they would stay for ever, and hold the tars that they read in the node's cache."""
+    (tmp_path / "train.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "train.py"), shards.uri]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as running:
+        output, _ = running.communicate(timeout=60)  # returns when no worker holds the pipe any more
+    assert running.returncode == -signal.SIGKILL
+    assert len(output.split()) == 2
 
 
 def test_item_keys_survive_the_way_through_a_tar(tmp_path):
