@@ -11,12 +11,12 @@ this node's disk is deleted, and its samples come from the store again.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import logging
 import math
 import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.index import Sample, ShardSet
+from data_prep.private_folder import private_folder
 from data_prep.storage import DamageError, StorageError, download, is_local, read_range, sha256_of, sweep
 
 _OPEN_FILES = 128
@@ -38,8 +39,13 @@ _log = logging.getLogger(__name__)
 
 
 def default_cache() -> str:
-    """The user's own cache folder on this node."""
-    return os.path.join(tempfile.gettempdir(), f"hatchery-cache-{os.getuid()}")
+    """The user's own cache folder on this node, into which nobody else can write."""
+    try:
+        return private_folder("hatchery-cache")
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename}: no cache for shards can be made ({error.strerror}); set compute.cache_dir"
+        ) from error
 
 
 class ShardReader:
@@ -48,7 +54,7 @@ class ShardReader:
     def __init__(self, shard_set: ShardSet, cache_dir: str | None, cache_bytes: int) -> None:
         self._set = shard_set
         self._local = is_local(shard_set.uri)
-        self._cache = Path(cache_dir or default_cache())
+        self._cache_dir = cache_dir
         self._cache_bytes = cache_bytes
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recent last
         self._wanted: set[int] = set()
@@ -59,6 +65,11 @@ class ShardReader:
         self._ranges = ThreadPoolExecutor(_RANGES, thread_name_prefix="sample-range")
         if not self._local:
             sweep(str(self._cache))
+
+    @functools.cached_property
+    def _cache(self) -> Path:
+        """The cache folder; a local set needs none."""
+        return Path(self._cache_dir or default_cache())
 
     def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
         """The original bytes of sample `number`, and its seek points.
@@ -218,7 +229,7 @@ class ShardReader:
                     total -= size
             if total > self._cache_bytes:
                 return False
-            with open(room, "wb") as file:
+            with open(room, "ab", opener=_no_link) as file:
                 file.truncate(needed)
             return True
 
@@ -244,7 +255,7 @@ def _is_sound(both: bytes, sample: Sample) -> bool:
 def _open_cached(path: Path) -> int | None:
     """An open tar of the cache, held by this reader; None where it is not there or may not be opened."""
     try:
-        opened = os.open(path, os.O_RDONLY)
+        opened = _no_link(path, os.O_RDONLY)
     except OSError:
         return None
     fcntl.flock(opened, fcntl.LOCK_SH)
@@ -267,7 +278,7 @@ def _tars(cache: Path) -> Iterator[tuple[int, int, Path]]:
 
 def _reserved(room: Path) -> int:
     """The bytes of a reservation; one that a killed reader left, whose lock is free, is deleted."""
-    with open(room.with_suffix(".lock"), "w") as lock:
+    with open(room.with_suffix(".lock"), "ab", opener=_no_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -280,7 +291,7 @@ def _reserved(room: Path) -> int:
 
 def _delete_unread(tar: Path) -> bool:
     """Delete a tar of the cache unless some reader holds it."""
-    with contextlib.suppress(FileNotFoundError), open(tar, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(tar, "rb", opener=_no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -293,6 +304,11 @@ def _delete_unread(tar: Path) -> bool:
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that every process and thread of this node respects."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "ab", opener=_no_link) as file:  # not emptied, whatever it is
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _no_link(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file, but nothing that a link leads to: others may write into a folder that several users share."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -1,6 +1,7 @@
 """The node's cache of tars: what is passed goes, what is read stays, what the disk damages is had from the store."""
 
 import itertools
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from data_prep.loader import PairLoader, PairSettings
 from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
 from data_prep.sources import list_items
-from data_prep.storage import DamageError
+from data_prep.storage import DamageError, StorageError
 from data_prep.subimages import to_png
 
 NUM_SHARDS, PER_SHARD, BATCH = 20, 8, 4
@@ -138,6 +139,37 @@ def test_what_replaced_a_damaged_tar_stays(cached):
     other.replace(tar)
     assert reader.read(0, 1)
     assert tar.read_bytes() == good
+
+
+@pytest.mark.parametrize("name", ["eviction.lock", "{}.lock", "{}.room", "{}.part", "{}.tar"])
+def test_no_link_in_a_shared_folder_is_followed(shards, as_if_remote, tmp_path, name):
+    victim, cache = tmp_path / "victim", tmp_path / "cache"
+    victim.write_bytes(b"precious")
+    cache.mkdir()
+    (cache / name.format(shards.shards[0].sha256)).symlink_to(victim)
+    reader = ShardReader(shards, str(cache), 10**9)
+    for _ in range(2):
+        reader.prefetch([0])
+        arrived(reader)
+    assert reader.read(0, 0)[0]
+    reader.close()
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_cache_folder_that_somebody_else_prepared_is_not_used(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    usual = Path(shard_cache.default_cache())
+    assert usual.stat().st_mode & 0o777 == 0o700
+    usual.rmdir()
+    usual.symlink_to(tmp_path)
+    first, second = (ShardReader(shards, None, 0)._cache for _ in range(2))
+    assert first == second != usual
+
+
+def test_where_no_cache_can_be_made_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    with pytest.raises(StorageError, match=r"/proc/nowhere.*: no cache .* can be made .*; set compute.cache_dir"):
+        shard_cache.default_cache()
 
 
 def test_local_tars_are_not_touched(shards):
