@@ -53,8 +53,8 @@ _log = logging.getLogger(__name__)
 class Batch(NamedTuple):
     """One micro-batch of one rank.
 
-    low_res (b, 3, p, p) and high_res (b, 3, p * scale, p * scale) are float32, about 0..1; `keys` are the samples'
-    names, `step` is the global step.
+    low_res (b, 3, p, p) and high_res (b, 3, p * scale, p * scale) are float32, about 0..1, on the loader's device;
+    `keys` are the samples' names, `step` is the global step.
     """
 
     low_res: torch.Tensor
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """One worker's part of one or more micro-batches; high_res stays uint8 on its way to the main process."""
+    """One worker's part of one or more micro-batches; high_res stays uint8 on its way to the device."""
 
     low_res: torch.Tensor
     high_res: torch.Tensor
@@ -301,7 +301,8 @@ class PairLoader:
 
     `global_batch` samples make a global step; each rank serves its part in micro-batches of at most `micro_batch`,
     `micro_batches_per_step` of them in every step (the last may be empty where the numbers do not divide). The
-    batches are bit-identical for every `num_workers`; all ranks' batches together, for every `world_size`.
+    batches are bit-identical for every `num_workers`; all ranks' batches together, for every `world_size`. They lie on
+    `device`; to a GPU they are copied from pinned memory, while it goes on with what it has.
     Raises ValueError where the numbers do not fit or an image is smaller than a crop, StorageError where the shards
     are absent or damaged.
     """
@@ -316,11 +317,13 @@ class PairLoader:
         world_size: int,
         num_workers: int,
         start_step: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         _check_numbers(global_batch, micro_batch, rank, world_size, num_workers, start_step)
         self.shard_set = read_set(shard_set_uri)
         _check_sizes(self.shard_set, settings)
         self._num_workers = num_workers
+        self._device = torch.device(device)
         self._turns = _Turns(global_batch, micro_batch, rank, world_size)
         self._first = start_step * self._turns.per_step
         self._shares = _Shares(self.shard_set, settings, self._turns, self._first)
@@ -344,14 +347,16 @@ class PairLoader:
     def _batch(self, parts: list[_Share], number: int) -> Batch:
         """The micro-batch whose samples the parts hold in turn, beginning with the worker whose turn it is."""
         size, workers = self._turns.size(number), len(parts)
-        low_res = parts[0].low_res.new_empty((size, *parts[0].low_res.shape[1:]))
-        high_res = low_res.new_empty((size, *parts[0].high_res.shape[1:]))
+        pinned = self._device.type == "cuda"
+        low_res, high_res = (
+            torch.empty((size, *part.shape[1:]), dtype=part.dtype, pin_memory=pinned) for part in parts[0][:2]
+        )
         keys = [""] * size
         for worker, part in enumerate(parts):
             rows = slice((worker - number * self._turns.micro_batch) % workers, None, workers)
-            low_res[rows] = part.low_res
-            torch.div(part.high_res, 255, out=high_res[rows])
-            keys[rows] = part.keys
+            low_res[rows], high_res[rows], keys[rows] = part
+        low_res, high_res = (side.to(self._device, non_blocking=True) for side in (low_res, high_res))
+        high_res = high_res / torch.full((), 255.0, device=self._device)  # by a number CUDA would multiply: other bits
         return Batch(low_res, high_res, keys, number // self._turns.per_step)
 
     def _start_workers(self) -> Iterator[_Share]:

@@ -9,11 +9,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep import storage
 from data_prep.image import Picture, decode
 from data_prep.index import ShardSet, publish_index, read_shard_set, summarise
-from data_prep.loader import PairLoader, PairSettings, micro_batches_per_step
+from data_prep.loader import PairLoader, PairSettings, _Shares, _Turns, micro_batches_per_step
+from data_prep.mix import order_of
 from data_prep.pairs import make_pair
 from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
@@ -238,6 +240,47 @@ def test_batches_inside_a_ray_worker_are_the_same(expected, shards, ray_local):
         return [batch.keys for batch in batches]
 
     assert ray_local.get(first_keys.remote(), timeout=90) == [batch.keys for batch in expected[:3]]
+
+
+class Copies(TorchDispatchMode):
+    """Notes the dtypes of what is copied to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device"):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_batches_come_to_the_device_as_bytes(expected, shards):
+    """A stand-in for a GPU: the same shapes and dtypes, of which the larger side travels as uint8."""
+    loader = PairLoader(shards.uri, SETTINGS, BATCH, BATCH, 0, 1, 0, device="meta")
+    with Copies() as copies:
+        batch = next(iter(loader))
+    assert copies.dtypes == [torch.float32, torch.uint8]
+    for side, other in zip(batch[:2], expected[0][:2], strict=True):
+        assert (side.device.type, side.dtype, side.shape) == ("meta", other.dtype, other.shape)
+    assert batch.keys == expected[0].keys
+
+
+def test_bytes_become_what_they_are_of_255():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(
+        values / torch.full((), 255.0), torch.from_numpy(np.arange(256, dtype=np.float32) / np.float32(255))
+    )
+
+
+@pytest.mark.parametrize(("micro_batch", "num_workers"), [(1, 6), (4, 6), (3, 2), (32, 6), (1, 1)])
+def test_every_share_of_every_worker_has_samples(shards, micro_batch, num_workers):
+    """At one sample per rank, five of the six workers used to make shares of nothing, two at most ahead of time."""
+    turns = _Turns(8 * micro_batch, micro_batch, 0, 8)
+    shares, order = _Shares(shards, SETTINGS, turns, 0), order_of(shards, SETTINGS)
+    sizes = [len(shares._crops(order, worker, num_workers, n)) for worker in range(num_workers) for n in range(12)]
+    assert min(sizes) >= max(1, micro_batch // num_workers)
+    assert max(sizes) <= max(2, micro_batch // num_workers + 1)
 
 
 WITH_WORKERS = """
