@@ -40,7 +40,7 @@ from data_prep.storage import DamageError, StorageError
 
 __all__ = ["Batch", "PairLoader", "PairSettings"]
 
-_AHEAD_TURNS = 32  # how many samples of each stream ahead its next shard is asked for; a quarter of a shard at most
+_AHEAD_TURNS = 32  # how many samples of each stream ahead its next shard is asked for; half a shard at most
 _AHEAD_SAMPLES = 8  # at least so many samples ahead are known, and fetched one by one where their shards are not here
 _NEIGHBOURS = 8  # how many samples of a shard are tried in a damaged one's place, before other shards
 _READY_SAMPLES = 4  # that each worker has ready at least
@@ -72,7 +72,8 @@ class _Share(NamedTuple):
 
     def rows(self, start: int, count: int) -> "_Share":
         """`count` of its samples."""
-        return _Share(*(part[start : start + count] for part in self))
+        rows = slice(start, start + count)
+        return _Share(self.low_res[rows], self.high_res[rows], self.keys[rows])
 
 
 class _Crop(NamedTuple):
@@ -159,9 +160,9 @@ class _Shares(IterableDataset[_Share]):
                     ahead.append(self._crops(order, worker, num_workers, share + len(ahead)))
                     due.update(crop.place.shard for crop in ahead[-1])
                 reader.prefetch(due)
-                soon = itertools.islice(itertools.chain(*ahead), len(ahead[0]) + max(len(ahead[1]), _AHEAD_SAMPLES))
-                reader.fetch_ahead([crop.where for crop in soon if not images.holds(*crop.where)])
                 crops = ahead.popleft()
+                soon = itertools.islice(itertools.chain(*ahead), max(len(ahead[0]), _AHEAD_SAMPLES))
+                reader.fetch_ahead(*([c.where for c in some if not images.holds(*c.where)] for some in (crops, soon)))
                 yield self._share([images.pair(crop) for crop in crops])
                 share += 1
                 due.subtract(crop.place.shard for crop in crops)
@@ -279,7 +280,7 @@ def _horizon(order: SampleOrder | MixedOrder, shard_set: ShardSet, num_readers: 
     Shards are held from then on until they are passed, so of small ones only the next is asked for.
     """
     per_shard = shard_set.num_samples // len(shard_set.shards)
-    turns = max(1, min(_AHEAD_TURNS, per_shard // 4))
+    turns = max(1, min(_AHEAD_TURNS, per_shard // 2))
     return max(_AHEAD_SAMPLES, -(-turns * order.num_streams // num_readers))
 
 

@@ -32,7 +32,7 @@ _DOWNLOADS = 2  # tars at once, of each reader
 _QUEUED = 4  # tars asked for and not there; more are asked for when these have come: the store is not flooded
 _RANGES = 8  # samples at once
 _RANGES_AHEAD = 64  # samples in memory that nobody has read yet
-_FULL_S = 5.0  # how long a cache that is full of tars being read is not asked again
+_FULL_S = 1.0  # how long a cache that is full of tars being read is not asked again, unless one was let go of
 _FAILED_S = 30.0  # how long a tar that could not be fetched is not asked for again; a damaged one never is
 
 _log = logging.getLogger(__name__)
@@ -103,6 +103,7 @@ class ShardReader:
         soon = list(itertools.islice(dict.fromkeys(shards), _OPEN_FILES))
         for shard in self._files.keys() - set(soon):
             self._let_go(self._files.pop(shard))
+            self._full_until = 0.0
         now = time.monotonic()
         for shard in soon:
             if shard in self._wanted or self._descriptor(shard) is not None:
@@ -112,11 +113,14 @@ class ShardReader:
                 self._wanted.add(shard)
                 self._downloads.submit(self._fetch, shard)
 
-    def fetch_ahead(self, places: Iterable[tuple[int, int]]) -> None:
-        """Start to fetch the next samples (shard, number) of those tars that are not here; forget all others."""
+    def fetch_ahead(self, now: Iterable[tuple[int, int]], soon: Iterable[tuple[int, int]] = ()) -> None:
+        """Start to fetch the next samples (shard, number) of those tars that are not here; forget all others.
+
+        For those of `soon` a tar that is on its way may still come in time.
+        """
         if self._local:
             return
-        wanted = list(dict.fromkeys(places))
+        wanted = list(dict.fromkeys([*now, *(place for place in soon if place[0] not in self._wanted)]))
         for place in self._ahead.keys() - set(wanted):
             self._ahead.pop(place).cancel()
         for place in wanted:
