@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -120,13 +120,13 @@ class _Texts(Sequence[str]):
         return self._joined[self._ends[index - 1] if index else 0 : self._ends[index]].decode()
 
 
-def _column(values: list[object]) -> Sequence[object]:
+def _column(values: list[Any]) -> Sequence[Any]:
     """A field of all samples."""
     kinds = set(map(type, values))
     if kinds == {int}:
-        return array("q", values)  # type: ignore[arg-type]
+        return array("q", values)
     if kinds == {str}:
-        return [values[0]] * len(values) if len(set(values)) == 1 else _Texts(values)  # type: ignore[arg-type]
+        return [values[0]] * len(values) if len(set(values)) == 1 else _Texts(values)
     return values
 
 
