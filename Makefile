@@ -49,7 +49,7 @@ integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
 
 bench: setup ## speed and memory as ratios, both sides measured in one run (see tests/bench/README.md)
-	@missed=0; for part in networks training data_pairs data_sharding data_planning; do \
+	@missed=0; for part in networks training data_pairs data_memory data_sharding data_planning; do \
 	   echo "tests.bench.$$part"; $(BIN)/python -m tests.bench.$$part || missed=1; done; exit $$missed
 
 lock: setup ## renew requirements.txt after a change of pyproject.toml (UPGRADE=--upgrade: every version)

@@ -163,13 +163,26 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     return np.where(x <= 1, inner, np.where(x <= 2, outer, 0.0))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _taps(in_side: int, out_side: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Input indices (out_side, taps) int64 and their weights (out_side, taps) float64 along one axis."""
+    return _taps_of(np.arange(out_side), in_side, scale)
+
+
+@functools.lru_cache(maxsize=32)  # a pair asks twice for its rows and its columns, and hardly ever for another's
+def _crop_taps(in_side: int, scale: float, start: int, count: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """(indices from the first pixel needed, weights, that pixel) for `count` output pixels from `start`."""
+    indices, weights = _taps_of(np.arange(start, start + count), in_side, scale)
+    first = int(indices.min())
+    return indices - first, weights, first
+
+
+def _taps_of(outputs: np.ndarray, in_side: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Input indices (outputs, taps) int64 and their weights (outputs, taps) float64 of some output pixels."""
     stretch = min(scale, 1.0)
     width = _KERNEL_WIDTH / stretch
     # the centre of output pixel i in input coordinates, both counted from the first pixel's centre at 0
-    centres = (np.arange(out_side) + 0.5) / scale - 0.5
+    centres = (outputs + 0.5) / scale - 0.5
     leftmost = np.floor(centres - width / 2).astype(np.int64)
     indices = leftmost[:, None] + np.arange(math.ceil(width) + 2)
     weights = stretch * _cubic(stretch * (centres[:, None] - indices))
@@ -181,15 +194,6 @@ def _taps(in_side: int, out_side: int, scale: float) -> tuple[np.ndarray, np.nda
     indices.setflags(write=False)
     weights.setflags(write=False)
     return indices, weights
-
-
-@functools.lru_cache(maxsize=4096)
-def _crop_taps(in_side: int, scale: float, start: int, count: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(indices from the first pixel needed, weights, that pixel) for `count` output pixels from `start`."""
-    indices, weights = _taps(in_side, scaled_length(in_side, scale), scale)
-    indices, weights = indices[start : start + count], weights[start : start + count]
-    first = int(indices.min())
-    return indices - first, weights, first
 
 
 def _resample(image: Any, axis: int, indices: np.ndarray, weights: np.ndarray) -> Any:

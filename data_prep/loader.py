@@ -2,20 +2,24 @@
 
 Sample number i of a global step belongs to rank i mod world_size, as its turn i // world_size of that step; worker k
 of L makes those turns q, counted on through the steps, with q mod L = k. Where world_size x micro_batch does not
-divide the global batch, the last micro-batches of a step are shorter, or empty. A worker delivers its share of each
-micro-batch, the main process lays the shares back into order. Where num_streams is divisible by
-world_size x num_workers, a worker serves whole streams and reads few shards at a time; other numbers give the same
-batches and read more.
+divide the global batch, the last micro-batches of a step are shorter, or empty. A worker delivers its share of so many
+micro-batches that it has a sample in them, the main process lays the shares back into order. Where num_streams is
+divisible by world_size x num_workers, a worker serves whole streams and reads few shards at a time; other numbers give
+the same batches and read more.
 """
 
 import functools
 import itertools
 import logging
+import math
 import multiprocessing
 import multiprocessing.util
 import os
+import sys
 import tempfile
-from collections import OrderedDict, deque
+import threading
+import types
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -36,10 +40,11 @@ from data_prep.storage import DamageError, StorageError
 
 __all__ = ["Batch", "PairLoader", "PairSettings"]
 
-_PREFETCH_BATCHES = 32  # how many micro-batches ahead the next shards are asked for
-_FETCH_BATCHES = 2  # how many micro-batches ahead single samples are fetched where their shards are not here
+_AHEAD_TURNS = 32  # how many samples of each stream ahead its next shard is asked for; half a shard at most
+_AHEAD_SAMPLES = 8  # at least so many samples ahead are known, and fetched one by one where their shards are not here
 _NEIGHBOURS = 8  # how many samples of a shard are tried in a damaged one's place, before other shards
-_WORKER_QUEUE = 2  # shares that each worker has ready
+_READY_SAMPLES = 4  # that each worker has ready at least
+_READY_SHARES = 2
 
 
 _log = logging.getLogger(__name__)
@@ -48,8 +53,8 @@ _log = logging.getLogger(__name__)
 class Batch(NamedTuple):
     """One micro-batch of one rank.
 
-    low_res (b, 3, p, p) and high_res (b, 3, p * scale, p * scale) are float32, about 0..1; `keys` are the samples'
-    names, `step` is the global step.
+    low_res (b, 3, p, p) and high_res (b, 3, p * scale, p * scale) are float32, about 0..1, on the loader's device;
+    `keys` are the samples' names, `step` is the global step.
     """
 
     low_res: torch.Tensor
@@ -59,11 +64,16 @@ class Batch(NamedTuple):
 
 
 class _Share(NamedTuple):
-    """One worker's part of a micro-batch; high_res stays uint8 on its way to the main process."""
+    """One worker's part of one or more micro-batches; high_res stays uint8 on its way to the device."""
 
     low_res: torch.Tensor
     high_res: torch.Tensor
     keys: list[str]
+
+    def rows(self, start: int, count: int) -> "_Share":
+        """`count` of its samples."""
+        rows = slice(start, start + count)
+        return _Share(self.low_res[rows], self.high_res[rows], self.keys[rows])
 
 
 class _Crop(NamedTuple):
@@ -97,6 +107,20 @@ class _Turns(NamedTuple):
         mine = -(-(self.global_batch - self.rank) // self.world_size)
         return min(max(mine - before, 0), self.micro_batch)
 
+    def of_worker(self, number: int, worker: int, num_workers: int) -> range:
+        """The turns q of micro-batch `number` that fall to a worker."""
+        start = number * self.micro_batch
+        return range(start + (worker - start) % num_workers, start + self.size(number), num_workers)
+
+    def num_streams(self, all_streams: int, num_workers: int) -> int:
+        """How many of all streams a worker meets: few where its numbers g keep their remainder."""
+        divides = self.global_batch == self.per_step * self.micro_batch * self.world_size
+        return all_streams // math.gcd(all_streams, self.world_size * num_workers) if divides else all_streams
+
+    def span(self, num_workers: int) -> int:
+        """How many micro-batches hold a turn for every worker."""
+        return -(-num_workers // self.micro_batch)
+
     def sample(self, q: int) -> int:
         """The number g of the sample that turn q serves."""
         step, turn = divmod(q, self.per_step * self.micro_batch)
@@ -125,27 +149,33 @@ class _Shares(IterableDataset[_Share]):
         order = order_of(self.shard_set, settings)
         reader = ShardReader(self.shard_set, settings.cache_dir, settings.cache_bytes)
         images = _Images(self.shard_set, reader, settings)
-        ahead: deque[list[_Crop]] = deque()
-        number = self.first_micro_batch
+        horizon = _horizon(order, self.shard_set, self.turns.world_size * num_workers)
+        self.shard_set.remember(_in_hand(order, self.shard_set, self.turns.num_streams(order.num_streams, num_workers)))
+        ahead: deque[list[_Crop]] = deque()  # of each share, from the next one on
+        due: Counter[int] = Counter()  # how many of these crops come from each shard
+        share = 0
         try:
             while True:
-                while len(ahead) < _PREFETCH_BATCHES:
-                    ahead.append(self._crops(order, worker, num_workers, number + len(ahead)))
-                reader.prefetch(crop.place.shard for crops in ahead for crop in crops)
-                soon = [crop.where for crops in itertools.islice(ahead, _FETCH_BATCHES) for crop in crops]
-                reader.fetch_ahead(where for where in soon if not images.holds(*where))
-                yield self._share([images.pair(crop) for crop in ahead.popleft()])
-                number += 1
+                while len(ahead) < 2 or (due.total() < horizon and len(ahead) < horizon):
+                    ahead.append(self._crops(order, worker, num_workers, share + len(ahead)))
+                    due.update(crop.place.shard for crop in ahead[-1])
+                reader.prefetch(due)
+                crops = ahead.popleft()
+                soon = itertools.islice(itertools.chain(*ahead), max(len(ahead[0]), _AHEAD_SAMPLES))
+                reader.fetch_ahead(*([c.where for c in some if not images.holds(*c.where)] for some in (crops, soon)))
+                yield self._share([images.pair(crop) for crop in crops])
+                share += 1
+                due.subtract(crop.place.shard for crop in crops)
+                due += Counter()  # without those that were passed
         finally:
             reader.close()
 
-    def _crops(self, order: SampleOrder | MixedOrder, worker: int, num_workers: int, number: int) -> list[_Crop]:
-        """What this worker makes for micro-batch `number`."""
-        turns = self.turns
-        start = number * turns.micro_batch
-        mine = range(start + (worker - start) % num_workers, start + turns.size(number), num_workers)
-        crops = self.settings.crops_per_image
-        return [_Crop(*crop_position(order, turns.sample(q), crops)) for q in mine]
+    def _crops(self, order: SampleOrder | MixedOrder, worker: int, num_workers: int, share: int) -> list[_Crop]:
+        """What this worker makes for its share number `share`."""
+        span, crops = self.turns.span(num_workers), self.settings.crops_per_image
+        first = self.first_micro_batch + share * span
+        mine = itertools.chain(*(self.turns.of_worker(n, worker, num_workers) for n in range(first, first + span)))
+        return [_Crop(*crop_position(order, self.turns.sample(q), crops)) for q in mine]
 
     def _share(self, named_pairs: list[tuple[str, Pair]]) -> _Share:
         patch, side = self.settings.patch_px, self.settings.min_side_px
@@ -244,6 +274,24 @@ def _substitutes(shard_set: ShardSet, shard: int, number: int) -> Iterator[tuple
         yield other, number % shard_set.shards[other].count
 
 
+def _horizon(order: SampleOrder | MixedOrder, shard_set: ShardSet, num_readers: int) -> int:
+    """How many of its samples one of `num_readers` looks ahead: so that its streams' next shards are known in time.
+
+    Shards are held from then on until they are passed, so of small ones only the next is asked for.
+    """
+    per_shard = shard_set.num_samples // len(shard_set.shards)
+    turns = max(1, min(_AHEAD_TURNS, per_shard // 2))
+    return max(_AHEAD_SAMPLES, -(-turns * order.num_streams // num_readers))
+
+
+def _in_hand(order: SampleOrder | MixedOrder, shard_set: ShardSet, num_streams: int) -> int:
+    """About as many shards as a reader of some streams reads from at a time: those of a block, and the next."""
+    orders = order.orders if isinstance(order, MixedOrder) else (order,)
+    per_shard = shard_set.num_samples // len(shard_set.shards)
+    in_block = -(-orders[0].shuffle_block // per_shard) + 2
+    return min(len(shard_set.shards), len(orders) * num_streams * in_block + _NEIGHBOURS)
+
+
 def micro_batches_per_step(global_batch: int, micro_batch: int, world_size: int) -> int:
     """How many micro-batches each rank has in a global step: enough for the rank with the most samples."""
     return -(-global_batch // (world_size * micro_batch))
@@ -254,7 +302,8 @@ class PairLoader:
 
     `global_batch` samples make a global step; each rank serves its part in micro-batches of at most `micro_batch`,
     `micro_batches_per_step` of them in every step (the last may be empty where the numbers do not divide). The
-    batches are bit-identical for every `num_workers`; all ranks' batches together, for every `world_size`.
+    batches are bit-identical for every `num_workers`; all ranks' batches together, for every `world_size`. They lie on
+    `device`; to a GPU they are copied from pinned memory, while it goes on with what it has.
     Raises ValueError where the numbers do not fit or an image is smaller than a crop, StorageError where the shards
     are absent or damaged.
     """
@@ -269,11 +318,13 @@ class PairLoader:
         world_size: int,
         num_workers: int,
         start_step: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         _check_numbers(global_batch, micro_batch, rank, world_size, num_workers, start_step)
         self.shard_set = read_set(shard_set_uri)
         _check_sizes(self.shard_set, settings)
         self._num_workers = num_workers
+        self._device = torch.device(device)
         self._turns = _Turns(global_batch, micro_batch, rank, world_size)
         self._first = start_step * self._turns.per_step
         self._shares = _Shares(self.shard_set, settings, self._turns, self._first)
@@ -284,40 +335,59 @@ class PairLoader:
         return self.shard_set.num_samples
 
     def __iter__(self) -> Iterator[Batch]:
-        shares = iter(self._shares) if self._num_workers == 0 else iter(self._data_loader())
-        number = self._first
-        while True:
-            parts = [next(shares) for _ in range(max(1, self._num_workers))]
-            yield self._batch(parts, number)
-            number += 1
+        shares = iter(self._shares) if self._num_workers == 0 else self._start_workers()
+        workers = max(1, self._num_workers)
+        span = self._turns.span(workers)
+        for first in itertools.count(self._first, span):
+            parts, taken = [next(shares) for _ in range(workers)], [0] * workers
+            for number in range(first, first + span):
+                counts = [len(self._turns.of_worker(number, worker, workers)) for worker in range(workers)]
+                yield self._batch([part.rows(*rows) for part, *rows in zip(parts, taken, counts, strict=True)], number)
+                taken = [start + count for start, count in zip(taken, counts, strict=True)]
 
     def _batch(self, parts: list[_Share], number: int) -> Batch:
         """The micro-batch whose samples the parts hold in turn, beginning with the worker whose turn it is."""
         size, workers = self._turns.size(number), len(parts)
-        low_res = parts[0].low_res.new_empty((size, *parts[0].low_res.shape[1:]))
-        high_res = low_res.new_empty((size, *parts[0].high_res.shape[1:]))
+        pinned = self._device.type == "cuda"
+        low_res, high_res = (
+            torch.empty((size, *part.shape[1:]), dtype=part.dtype, pin_memory=pinned) for part in parts[0][:2]
+        )
         keys = [""] * size
         for worker, part in enumerate(parts):
             rows = slice((worker - number * self._turns.micro_batch) % workers, None, workers)
-            low_res[rows] = part.low_res
-            torch.div(part.high_res, 255, out=high_res[rows])
-            keys[rows] = part.keys
+            low_res[rows], high_res[rows], keys[rows] = part
+        low_res, high_res = (side.to(self._device, non_blocking=True) for side in (low_res, high_res))
+        high_res = high_res / torch.full((), 255.0, device=self._device)  # by a number CUDA would multiply: other bits
         return Batch(low_res, high_res, keys, number // self._turns.per_step)
 
-    def _data_loader(self) -> DataLoader[_Share]:
+    def _start_workers(self) -> Iterator[_Share]:
         """Worker processes from a fork server: a fork of this process would copy Ray's and gRPC's threads' locks."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["data_prep.reader_server"])
         _shorten_sockets()
-        return DataLoader(
+        per_share = max(1, self._turns.micro_batch * self._turns.span(self._num_workers) // self._num_workers)
+        loader = DataLoader(
             self._shares,
             batch_size=None,
             num_workers=self._num_workers,
             multiprocessing_context=context,
-            prefetch_factor=_WORKER_QUEUE,
+            prefetch_factor=max(_READY_SHARES, -(-_READY_SAMPLES // per_share)),
             worker_init_fn=functools.partial(_start_worker, s3.environment()),
             generator=torch.Generator(),  # else the workers' seed is drawn from the training's random numbers
         )
+        with _without_main():
+            return iter(loader)
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start meanwhile do not import the main module again, which in a Ray worker is Ray's."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _shorten_sockets() -> None:
@@ -333,10 +403,19 @@ def _shorten_sockets() -> None:
 
 
 def _start_worker(environment: dict[str, str], _: int) -> None:
-    """The fork server may be older than the present S3 credentials."""
+    """Take the present S3 credentials, which the fork server may be older than, and end with the training process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for name in s3.environment().keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that it reads for is gone, killed or not; its own parent is the fork server."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _check_numbers(

@@ -62,9 +62,9 @@ class MixedSet(ShardSet):
         found, number = self._places[shard]
         return found.tar_uri(number)
 
-    def _samples(self, shard: int) -> tuple[Sample, ...]:
+    def _samples(self, shard: int) -> Sequence[Sample]:
         found, number = self._places[shard]
-        return found.samples(number)
+        return found._samples(number)  # kept here alone
 
 
 def read_set(uri: str) -> ShardSet:

@@ -15,13 +15,15 @@ from g and not from the place in the epoch, a rank keeps its streams across epoc
 
 import bisect
 import functools
+import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-_SHARDS, _INSIDE, _BLOCK, _MIX = range(4)
+_SHARDS, _INSIDE, _BLOCK, _MIX, _MIX_STREAMS, _MIX_BLOCKS = range(6)
 _MIX_BLOCK = 256
 
 
@@ -94,17 +96,21 @@ class SampleOrder:
         stream_starts = np.concatenate([[0], np.cumsum(lengths)])
         return _Epoch(shards, starts.tolist(), stream_starts.tolist())
 
-    def _permute(self, size: int, *key: int) -> list[int]:
-        return permutation(size, self.seed, *key)
+    def _permute(self, size: int, *key: int) -> "array[int]":
+        return array("I", permutation(size, self.seed, *key))  # a list takes nine times the memory
 
 
 class MixedOrder:
-    """Several orders served in turn by their shares; exact and elastic as each of them is.
+    """Several orders served in turn by their shares; exact, elastic and local as each of them is.
 
-    Numbers come in blocks of `_MIX_BLOCK`. Each block serves the same number of samples of every order, by its
-    share; which of them come when is a permutation keyed by (seed, block). So where number g comes from follows from g
-    alone, and each order goes through its own epochs. `first_shards`: what is added to each order's shard numbers.
-    Raises ValueError for shares that are not positive.
+    Numbers come in blocks of `_MIX_BLOCK`, rounded up to whole turns of the C streams; each block serves the same
+    number of samples of every order, by its share. The mixing is done inside each stream: stream c of the mix serves
+    stream c of every order, in sequence, so a reader of whole streams walks through whole shards of each. Over C blocks
+    (a period) every stream gets every order's share exactly: in each block the slots, sorted by order, are dealt round
+    the streams, which begin at another slot in each block of the period; which stream begins where, and in which turn
+    of the block a stream's slots come, are permutations keyed by (seed, period). So where number g comes from follows
+    from g alone, and each order goes through its own epochs, in which it serves every sample once. `first_shards`: what
+    is added to each order's shard numbers. Raises ValueError for shares that are not positive.
     """
 
     def __init__(
@@ -116,32 +122,43 @@ class MixedOrder:
         self.num_streams = orders[0].num_streams
         self.first_shards = tuple(first_shards)
         self.seed = seed
-        self.quotas = _quotas(shares)
-        self._block = functools.lru_cache(maxsize=64)(self._lay_out)
+        self.turns = -(-_MIX_BLOCK // self.num_streams)  # of each stream in a block
+        self.quotas = _quotas(shares, self.turns * self.num_streams)
+        self._period = functools.lru_cache(maxsize=2 * self.num_streams + 16)(self._lay_out)
 
     def position(self, g: int) -> Position:
         """Where sample number `g` comes from."""
-        block, inside = divmod(g, _MIX_BLOCK)
-        source, turn = self._block(block)[inside]
-        place = self.orders[source].position(block * self.quotas[source] + turn)
+        turn, stream = divmod(g, self.num_streams)
+        period, inside = divmod(turn, self.turns * self.num_streams)
+        source, served = self._period(period, stream)[inside]
+        number = (period * self.quotas[source] + served) * self.num_streams + stream
+        place = self.orders[source].position(number)
         return place._replace(shard=place.shard + self.first_shards[source])
 
-    def _lay_out(self, block: int) -> list[tuple[int, int]]:
-        """(order, which of its samples in this block) for each number of a block."""
-        slots = [(source, turn) for source, quota in enumerate(self.quotas) for turn in range(quota)]
-        dealt = [slots[slot] for slot in permutation(_MIX_BLOCK, self.seed, block, _MIX)]
-        turns = [iter(range(quota)) for quota in self.quotas]
-        return [(source, next(turns[source])) for source, _ in dealt]
+    def _lay_out(self, period: int, stream: int) -> list[tuple[int, int]]:
+        """(order, how many of its samples the stream has had in this period) for each turn of a stream's period."""
+        blocks = self.num_streams
+        starts = (
+            permutation(blocks, self.seed, period, _MIX_STREAMS),
+            permutation(blocks, self.seed, period, _MIX_BLOCKS),
+        )
+        first = (starts[0][stream] + np.array(starts[1])) % blocks
+        slots = first[:, None] + np.arange(self.turns) * blocks
+        shuffled = _bits(slots.size, self.seed, period, _MIX, stream).reshape(slots.shape).argsort(kind="stable")
+        slots = np.take_along_axis(slots, shuffled, axis=1)
+        sources = np.searchsorted(np.cumsum(self.quotas), slots.ravel(), side="right").tolist()
+        counts = [itertools.count() for _ in self.quotas]
+        return [(source, next(counts[source])) for source in sources]
 
 
-def _quotas(shares: Sequence[float]) -> tuple[int, ...]:
+def _quotas(shares: Sequence[float], block: int) -> tuple[int, ...]:
     """Samples of each order in a block, nearest to its share, at least one; they add up to the block."""
-    exact = [share / sum(shares) * _MIX_BLOCK for share in shares]
+    exact = [share / sum(shares) * block for share in shares]
     quotas = [max(1, int(value)) for value in exact]
-    while sum(quotas) < _MIX_BLOCK:
+    while sum(quotas) < block:
         behind = max(range(len(exact)), key=lambda source: exact[source] - quotas[source])
         quotas[behind] += 1
-    while sum(quotas) > _MIX_BLOCK:
+    while sum(quotas) > block:
         quotas[quotas.index(max(quotas))] -= 1
     return tuple(quotas)
 
@@ -162,5 +179,9 @@ def permutation(size: int, *key: int) -> list[int]:
 
     Made from a bit generator's raw output, which numpy keeps fixed for ever; its `permutation` may change.
     """
-    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)
-    return np.argsort(raw, kind="stable").tolist()
+    return np.argsort(_bits(size, *key), kind="stable").tolist()
+
+
+def _bits(size: int, *key: int) -> np.ndarray:
+    """`size` random numbers below 2**64 for a key."""
+    return np.random.PCG64(np.random.SeedSequence(key)).random_raw(size)

@@ -34,7 +34,7 @@ class PairSettings(BaseModel):
     cache_dir: str | None = Field(
         None, description="local folder for shards from S3; default: the user's, in the temporary folder"
     )
-    cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the least recently used shards go")
+    cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the longest unused shards go")
 
     @model_validator(mode="after")
     def _arrives(self) -> "PairSettings":

@@ -11,13 +11,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from data_prep.index import ShardSettings
 from data_prep.sources import Item, describe, fingerprint
+from data_prep.storage import hold, is_held
 
 _FORMAT = 3  # part of a plan's digest: raise it when the tars' layout changes, or which images are rejected
 _BUCKETS = 256  # by the hash's first byte
@@ -51,17 +52,23 @@ class Plan:
         self.fingerprint = ""
         _sweep()
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._held = os.open(self._folder, os.O_RDONLY)
+        hold(self._held)
         try:
             self._spool(items)
         except BaseException:
-            shutil.rmtree(self._folder)
+            self._delete()
             raise
 
     def __enter__(self) -> "Plan":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._delete()
+
+    def _delete(self) -> None:
         shutil.rmtree(self._folder)
+        os.close(self._held)
 
     def items(self) -> Iterator[Item]:
         """Every item, in order."""
@@ -121,10 +128,12 @@ def cut(items: Iterable[Item], settings: ShardSettings) -> Iterator[ShardPlan]:
 
 
 def _sweep() -> None:
-    """Delete the plans of drivers that were killed on this host."""
+    """Delete the plans of drivers that were killed on this host; those of other containers' drivers are held."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        if not Path(f"/proc/{folder.name.removeprefix(_PREFIX).split('-')[0]}").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        pid = folder.name.removeprefix(_PREFIX).split("-")[0]
+        with suppress(FileNotFoundError):  # another driver sweeps as well
+            if not Path(f"/proc/{pid}").exists() and not is_held(folder):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place(item: Item) -> str:

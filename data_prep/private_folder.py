@@ -10,24 +10,33 @@ import tempfile
 
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 _SOCKET_BYTES = 107
+_NAMES = 10  # that are tried
 
 
 def private_folder(name: str, parent: str | None = None) -> str:
     """A folder for files that only this user may write, such as compiled code: the same one for every process.
 
     parent: where it lies; the temporary folder by default. One that somebody else has made under this name, or could
-    write into, is not used: then it is a fresh one. Raises OSError where neither can be made.
+    write into, is not used, but the first of some others that is not such a one; were all of them so, a fresh one of
+    this process. Raises OSError where none can be made.
     """
     parent = parent or tempfile.gettempdir()
-    path = os.path.join(parent, f"{name}-{os.getuid()}")
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        found = os.lstat(path)
-        writable = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or writable or not os.access(path, os.W_OK):
-            return tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
-    return path
+    usual = os.path.join(parent, f"{name}-{os.getuid()}")
+    for path in (usual, *(f"{usual}-{number}" for number in range(2, _NAMES + 1))):
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not _is_private(path):
+                continue
+        return path
+    return tempfile.mkdtemp(prefix=f"{name}-", dir=parent)
+
+
+def _is_private(path: str) -> bool:
+    """Whether it is a folder, no link to one, into which this user may write and nobody else."""
+    found = os.lstat(path)
+    writable = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not writable and os.access(path, os.W_OK)
 
 
 def folder_for_sockets(below: int, name: str, usual: str | None = None) -> str | None:

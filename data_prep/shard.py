@@ -29,6 +29,7 @@ from data_prep.index import (
 )
 from data_prep.layouts import training_items
 from data_prep.plan import Plan, ShardPlan, plan_shards
+from data_prep.shard_folder import MAKING_NAME, is_shard_file, take_folder
 from data_prep.sources import Item, read_item
 from data_prep.storage import (
     StorageError,
@@ -130,6 +131,7 @@ def make_shards(
             say(f"{source}: {said}")
         if (finished := _finished(destination, plan.fingerprint, settings)) is not None:
             return finished
+        take_folder(destination, (info.path for info in list_files(destination)))
         delete(join(destination, INDEX_NAME))  # from here on the old index is no longer true
         sweep(destination)
         duplicates = _duplicates(plan, destination) if settings.drop_duplicates else {}
@@ -226,10 +228,10 @@ def _checked(
 def _delete_stale(destination: str, names: set[str]) -> None:
     """Delete shards of an earlier plan, which a reader of `*.tar` would take for part of the set."""
     for info in list_files(destination):
-        name, _, ext = info.path.rpartition(".")
-        if name.startswith("shard-") and ext in ("tar", "json") and name not in names:
+        if is_shard_file(info.path) and info.path.rpartition(".")[0] not in names:
             delete(info.uri)
     delete(join(destination, _DUPLICATES_NAME))
+    delete(join(destination, MAKING_NAME))
 
 
 def _entries(

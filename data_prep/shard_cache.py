@@ -1,18 +1,22 @@
 """Samples' bytes by shard and number: from local tars, from a cache of tars, or straight from an object store.
 
-All readers of a node share one cache folder. A tar is stored there under its sha256, downloaded once, checked, and
-the least recently used tars that nobody reads are deleted when the folder outgrows its limit. Where it is full, and
-until a tar has arrived, samples come as ranges of the object, a few ahead: a training starts before the first tar is
-there, and a cache that is too small costs requests, not correctness.
+All readers of a node share one cache folder. A tar is stored there under its sha256, downloaded once and checked. A
+reader holds the tars that its next samples come from and lets go of those that they have passed; when the folder
+outgrows its limit, the tars that nobody holds are deleted, the longest unused first. So a set may be larger than the
+cache by any factor: what must fit is what is being read, one or two shards for each stream of the order. Where even
+that does not fit, and until a tar has arrived, samples come as ranges of the object, a few ahead: a training starts
+before the first tar is there, and a cache that is too small costs requests, not correctness. A tar that was damaged on
+this node's disk is deleted, and its samples come from the store again.
 """
 
 import contextlib
 import fcntl
+import functools
 import hashlib
+import itertools
 import logging
 import math
 import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -20,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data_prep.index import Sample, ShardSet
+from data_prep.private_folder import private_folder
 from data_prep.storage import DamageError, StorageError, download, is_local, read_range, sha256_of, sweep
 
 _OPEN_FILES = 128
@@ -27,15 +32,20 @@ _DOWNLOADS = 2  # tars at once, of each reader
 _QUEUED = 4  # tars asked for and not there; more are asked for when these have come: the store is not flooded
 _RANGES = 8  # samples at once
 _RANGES_AHEAD = 64  # samples in memory that nobody has read yet
-_FULL_S = 30.0  # how long a full cache is not asked again
+_FULL_S = 1.0  # how long a cache that is full of tars being read is not asked again, unless one was let go of
 _FAILED_S = 30.0  # how long a tar that could not be fetched is not asked for again; a damaged one never is
 
 _log = logging.getLogger(__name__)
 
 
 def default_cache() -> str:
-    """The user's own cache folder on this node."""
-    return os.path.join(tempfile.gettempdir(), f"hatchery-cache-{os.getuid()}")
+    """The user's own cache folder on this node, into which nobody else can write."""
+    try:
+        return private_folder("hatchery-cache")
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename}: no cache for shards can be made ({error.strerror}); set compute.cache_dir"
+        ) from error
 
 
 class ShardReader:
@@ -44,7 +54,7 @@ class ShardReader:
     def __init__(self, shard_set: ShardSet, cache_dir: str | None, cache_bytes: int) -> None:
         self._set = shard_set
         self._local = is_local(shard_set.uri)
-        self._cache = Path(cache_dir or default_cache())
+        self._cache_dir = cache_dir
         self._cache_bytes = cache_bytes
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recent last
         self._wanted: set[int] = set()
@@ -56,42 +66,61 @@ class ShardReader:
         if not self._local:
             sweep(str(self._cache))
 
+    @functools.cached_property
+    def _cache(self) -> Path:
+        """The cache folder; a local set needs none."""
+        return Path(self._cache_dir or default_cache())
+
     def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
         """The original bytes of sample `number`, and its seek points.
 
-        Raises DamageError where the bytes are not what the index promises; seek points have a checksum of their own.
+        Raises DamageError where the bytes are not what the index promises, in the store itself, too; seek points have a
+        checksum of their own.
         """
         sample = self._set.samples(shard)[number]
         descriptor = self._descriptor(shard)
         ahead = self._ahead.pop((shard, number), None)
         if descriptor is not None:
-            both = os.pread(descriptor, *_extent(sample))
+            both = _read_at(descriptor, sample)
+            if not self._local and not _is_sound(both, sample):
+                self._discard(shard)
+                both = self._range(shard, number)
         else:
             both = ahead.result() if ahead else self._range(shard, number)
-        data = both[: sample.size]
-        if hashlib.sha256(data).hexdigest() != sample.sha256:
+        if not _is_sound(both, sample):
             raise DamageError(
                 f"{self._set.tar_uri(shard)}: sample {sample.key} is not the one that was written; make the shard anew"
             )
-        return data, both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+        return both[: sample.size], both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
 
     def prefetch(self, shards: Iterable[int]) -> None:
-        """Start to download shards that will be read soon, as far as the queue has room."""
-        if self._local or time.monotonic() < self._full_until:
+        """Say which shards will be read soon, the next one first; let go of all others.
+
+        They are held if they are here, else their download is started as far as the queue has room.
+        """
+        if self._local:
             return
+        soon = list(itertools.islice(dict.fromkeys(shards), _OPEN_FILES))
+        for shard in self._files.keys() - set(soon):
+            self._let_go(self._files.pop(shard))
+            self._full_until = 0.0
         now = time.monotonic()
-        for shard in shards:
-            if shard in self._wanted or shard in self._files or now < self._failed_until.get(shard, 0.0):
+        for shard in soon:
+            if shard in self._wanted or self._descriptor(shard) is not None:
                 continue
-            if len(self._wanted) < _QUEUED:
+            waits = now < max(self._full_until, self._failed_until.get(shard, 0.0))
+            if not waits and len(self._wanted) < _QUEUED:
                 self._wanted.add(shard)
                 self._downloads.submit(self._fetch, shard)
 
-    def fetch_ahead(self, places: Iterable[tuple[int, int]]) -> None:
-        """Start to fetch the next samples (shard, number) of those tars that are not here; forget all others."""
+    def fetch_ahead(self, now: Iterable[tuple[int, int]], soon: Iterable[tuple[int, int]] = ()) -> None:
+        """Start to fetch the next samples (shard, number) of those tars that are not here; forget all others.
+
+        For those of `soon` a tar that is on its way may still come in time.
+        """
         if self._local:
             return
-        wanted = list(dict.fromkeys(places))
+        wanted = list(dict.fromkeys([*now, *(place for place in soon if place[0] not in self._wanted)]))
         for place in self._ahead.keys() - set(wanted):
             self._ahead.pop(place).cancel()
         for place in wanted:
@@ -105,7 +134,7 @@ class ShardReader:
         self._ranges.shutdown(wait=True, cancel_futures=True)
         self._downloads.shutdown(wait=True, cancel_futures=True)
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._let_go(self._files.popitem()[1])
 
     def _range(self, shard: int, number: int) -> bytes:
         sample = self._set.samples(shard)[number]
@@ -120,9 +149,24 @@ class ShardReader:
         opened = self._open_local(shard) if self._local else _open_cached(self._path(shard))
         if opened is not None:
             if len(self._files) >= _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
+                self._let_go(self._files.popitem(last=False)[1])
             self._files[shard] = opened
         return opened
+
+    def _let_go(self, opened: int) -> None:
+        """Close a tar; of the cache's, what was let go of last is deleted last."""
+        if not self._local:
+            _mark_used(opened)
+        os.close(opened)
+
+    def _discard(self, shard: int) -> None:
+        """Delete a cached tar that this node's disk has damaged, unless somebody has replaced it."""
+        opened, path = self._files.pop(shard), self._path(shard)
+        _log.warning("%s: damaged on this disk: deleted, read from %s", path, self._set.tar_uri(shard))
+        with contextlib.suppress(OSError):  # gone, or another user's
+            if os.path.samestat(os.fstat(opened), os.lstat(path)):
+                path.unlink()
+        os.close(opened)
 
     def _open_local(self, shard: int) -> int:
         path, entry = self._set.tar_uri(shard), self._set.shards[shard]
@@ -173,13 +217,15 @@ class ShardReader:
             room.unlink()
 
     def _reserve(self, room: Path, needed: int) -> bool:
-        """Delete tars that nobody reads, the least recently used first, until `needed` bytes fit, and reserve these.
+        """Delete tars that nobody holds, the longest unused first, until `needed` bytes fit, and reserve these.
 
         False where they do not fit. A reservation is a file without blocks, as long as what is to come.
         """
         with _locked(self._cache / "eviction.lock"):
-            tars = sorted((tar.stat().st_mtime_ns, tar.stat().st_size, tar) for tar in self._cache.glob("*.tar"))
-            total = needed + sum(size for _, size, _ in tars) + sum(map(_reserved, self._cache.glob("*.room")))
+            # reservations first: one that becomes a tar meanwhile is counted twice rather than not at all
+            reserved = sum(map(_reserved, self._cache.glob("*.room")))
+            tars = sorted(_tars(self._cache))
+            total = needed + reserved + sum(size for _, size, _ in tars)
             for _, size, tar in tars:
                 if total <= self._cache_bytes:
                     break
@@ -187,7 +233,7 @@ class ShardReader:
                     total -= size
             if total > self._cache_bytes:
                 return False
-            with open(room, "wb") as file:
+            with open(room, "ab", opener=_no_link) as file:
                 file.truncate(needed)
             return True
 
@@ -198,21 +244,45 @@ def _extent(sample: Sample) -> tuple[int, int]:
     return end - sample.offset, sample.offset
 
 
-def _open_cached(path: Path) -> int | None:
-    """An open tar of the cache, marked as being read; None where it is not there or may not be opened."""
+def _read_at(descriptor: int, sample: Sample) -> bytes:
+    """A sample's bytes and seek points; nothing where the disk cannot read them."""
     try:
-        opened = os.open(path, os.O_RDONLY)
+        return os.pread(descriptor, *_extent(sample))
+    except OSError:
+        return b""
+
+
+def _is_sound(both: bytes, sample: Sample) -> bool:
+    return hashlib.sha256(memoryview(both)[: sample.size]).hexdigest() == sample.sha256
+
+
+def _open_cached(path: Path) -> int | None:
+    """An open tar of the cache, held by this reader; None where it is not there or may not be opened."""
+    try:
+        opened = _no_link(path, os.O_RDONLY)
     except OSError:
         return None
     fcntl.flock(opened, fcntl.LOCK_SH)
-    with contextlib.suppress(OSError):  # another user's: its owner's use alone counts
-        os.utime(path)  # used now
+    _mark_used(opened)
     return opened
+
+
+def _mark_used(opened: int) -> None:
+    with contextlib.suppress(OSError):  # another user's: its owner's use alone counts
+        os.utime(opened)
+
+
+def _tars(cache: Path) -> Iterator[tuple[int, int, Path]]:
+    """(time of last use in ns, bytes, path) of each tar of the cache."""
+    for tar in cache.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # found to be damaged meanwhile
+            found = tar.lstat()
+            yield found.st_mtime_ns, found.st_size, tar
 
 
 def _reserved(room: Path) -> int:
     """The bytes of a reservation; one that a killed reader left, whose lock is free, is deleted."""
-    with open(room.with_suffix(".lock"), "w") as lock:
+    with open(room.with_suffix(".lock"), "ab", opener=_no_link) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -224,20 +294,25 @@ def _reserved(room: Path) -> int:
 
 
 def _delete_unread(tar: Path) -> bool:
-    """Delete a tar of the cache unless some reader has it open."""
-    with open(tar, "rb") as file:
+    """Delete a tar of the cache unless some reader holds it."""
+    with contextlib.suppress(FileNotFoundError), open(tar, "rb", opener=_no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         tar.unlink()
-        return True
+    return True
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that every process and thread of this node respects."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "ab", opener=_no_link) as file:  # not emptied, whatever it is
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _no_link(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file, but nothing that a link leads to: others may write into a folder that several users share."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

@@ -7,6 +7,7 @@ and the remedy.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -45,7 +46,9 @@ __all__ = [
     "exists",
     "file_info",
     "filesystem",
+    "hold",
     "is_abandoned",
+    "is_held",
     "is_local",
     "iter_files",
     "join",
@@ -69,6 +72,7 @@ UNREADABLE = (DANGLING, ODD_KEY)
 """What takes the place of the version of files that cannot be read."""
 _TEMPORARY = ".hatchery-tmp-"
 _ABANDONED_S = 24 * 3600  # a temporary file this old belongs to nobody, wherever its writer ran
+_UNHELD_S = 60  # one that another container's process has made, and does not hold so long after
 _BLOCK_BYTES = 2**20
 # what `os.link` says on exFAT, on most FUSE file systems (gcsfuse) and on some servers' shares
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -267,17 +271,51 @@ def sweep(uri: str) -> int:
 
 def owned(prefix: str) -> str:
     """`prefix` with this host and process, by which `is_abandoned` knows a name's owner."""
-    return f"{prefix}{socket.gethostname()}-{os.getpid()}-"
+    return f"{prefix}{_host()}-{os.getpid()}-"
 
 
 def is_abandoned(path: Path, prefix: str) -> bool:
     """Whether the process that gave a file or folder a name of `owned(prefix)` ran on this host and is gone.
 
-    One that has not been written to for a day is abandoned, whoever made it.
+    Containers may share a folder and a host's name, but not the numbers of their processes: another's file is abandoned
+    when nobody holds it, its folder, as any other host's, when it has not been written to for a day.
     """
     host, _, pid = path.name.removeprefix(prefix).rpartition("-")[0].rpartition("-")
-    gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
-    return gone or time.time() - path.stat().st_mtime > _ABANDONED_S
+    if is_held(path):
+        return False
+    if host == _host():
+        return not Path(f"/proc/{pid}").exists()
+    age_s = time.time() - path.stat().st_mtime
+    beside = host.rpartition(".")[0] == socket.gethostname() and path.is_file()
+    return age_s > (_UNHELD_S if beside else _ABANDONED_S)
+
+
+def hold(file: int) -> None:
+    """Let other processes of this machine know that an open file or folder is in use, until it is closed."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process of this machine holds a file or folder. Raises FileNotFoundError where it is gone."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another user's, or a link
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(file)
+    return False
+
+
+def _host() -> str:
+    """This host and, as containers may share its name, the number of their space of process numbers."""
+    return f"{socket.gethostname()}.{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 @contextlib.contextmanager
@@ -370,6 +408,7 @@ def _temporary(target: Path) -> Iterator[BufferedWriter]:
     target.parent.mkdir(parents=True, exist_ok=True)
     name = f"{owned(_TEMPORARY)}{uuid.uuid4().hex}"
     with open(target.parent / name, "xb") as file:
+        hold(file.fileno())
         try:
             yield file
         finally:

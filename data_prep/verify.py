@@ -1,7 +1,7 @@
 """Is a set of shards what its index says, byte by byte, and what is in it? Functions for `hatchery shards`."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -90,7 +90,7 @@ def _problems(shards: ShardSet, number: int) -> Iterator[str]:
 
 
 def _hash_samples(
-    uri: str, size: int, samples: tuple[Sample, ...], whole: "hashlib._Hash"
+    uri: str, size: int, samples: Sequence[Sample], whole: "hashlib._Hash"
 ) -> Iterator[tuple[Sample, str]]:
     """Each sample with the sha256 of its bytes; the tar is read once, in blocks, and all of it goes to `whole`."""
     block, start = b"", 0

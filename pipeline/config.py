@@ -108,7 +108,7 @@ class ComputeConfig(Settings):
     cache_dir: str | None = Field(
         None, description="local folder of each node for shards from S3; default: the user's, in the temporary folder"
     )
-    cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the least recently used shards go")
+    cache_bytes: int = Field(20 * 2**30, ge=0, description="size of cache_dir; the longest unused shards go")
     max_failures: int = Field(3, ge=-1, description="restarts after lost workers before the run fails (-1: no limit)")
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"

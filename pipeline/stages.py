@@ -27,7 +27,7 @@ from pipeline.evaluate import SetResult, Weights, evaluate
 from pipeline.gate import Verdict
 from pipeline.launch import TrainJob, run_training
 from pipeline.monitor import Record
-from pipeline.plan import Stage
+from pipeline.plan import VERSIONS, Stage
 from pipeline.progress import Display
 from pipeline.published import preset_of
 from pipeline.rivals import judge_candidate
@@ -128,7 +128,8 @@ def run_mix(work: Work) -> Artifact:
         parts.append(MixPart(sets=tuple(sets), share=part.share))
     path = work.folder / MIX_NAME
     path.write_text(Mix(parts=tuple(parts)).model_dump_json(indent=1))
-    digest = digest_of([work.stage.config, {name: found.digest for name, found in work.inputs.items()}])
+    served = [VERSIONS["mix"], work.stage.config, {name: found.digest for name, found in work.inputs.items()}]
+    digest = digest_of(served)  # of the samples in their order, not of the file
     return work.publish({path.name: path}, {"parts": len(parts)}, digest=digest)
 
 

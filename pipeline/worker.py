@@ -99,7 +99,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         engine=engine,
         optimizer=zero.optimizer_of(engine),
         ema=ema,
-        batches=iter(_loader(job, micro_batch, rank, world_size, step + data_offset)),
+        batches=iter(_loader(job, micro_batch, rank, world_size, step + data_offset, device)),
         loss=loss,
         adversary=adversary,
         device=device,
@@ -123,7 +123,9 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     return run
 
 
-def _loader(job: TrainJob, micro_batch: int, rank: int, world_size: int, start_step: int) -> PairLoader:
+def _loader(
+    job: TrainJob, micro_batch: int, rank: int, world_size: int, start_step: int, device: torch.device
+) -> PairLoader:
     return PairLoader(
         job.shards_uri,
         pair_settings(job),
@@ -133,6 +135,7 @@ def _loader(job: TrainJob, micro_batch: int, rank: int, world_size: int, start_s
         world_size=world_size,
         num_workers=job.compute.loader_workers,
         start_step=start_step,
+        device=device,
     )
 
 

@@ -1,15 +1,18 @@
 """Pairs per second per core: the loader against the published way and against decoding alone, in one run.
 
     PYTHONPATH=. .venv/bin/python -m tests.bench.data_pairs
+    PYTHONPATH=. .venv/bin/python -m tests.bench.data_pairs evicting  # only: a set of four times its cache
 
 Sides take turns, one epoch each, on one thread; a side's time is the thread's CPU time, which other programs on the
 machine disturb less than the clock. The ratios are medians over the rounds.
 """
 
+import dataclasses
 import functools
 import io
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +31,7 @@ from tests.shared_data import shared
 
 ROUNDS = 5
 BATCH = 32
+EVICTING_FLOOR = 0.9
 SCALES = ((2, 64), (4, 64))  # high-resolution crops of 128 and 256 pixels
 
 
@@ -147,13 +151,54 @@ def measure_s3(scale, patch, folder):
                 )
 
 
+def evicting_rates(folder):
+    """Pairs per second from S3, a rate for each epoch in turn: with a cache for the whole set, and for a quarter."""
+    items = list_items(str(shared("data/imagenet-sample/train")))
+    items = [dataclasses.replace(item, key=f"{item.key}-{again}") for again in range(4) for item in items]
+    settings = ShardSettings(samples_per_shard=64, min_side_px=128, max_reject_share=1)
+    made = [summarise(write_shard(plan, f"{folder}/set")) for plan in plan_shards(items, settings)]
+    found = publish_index(f"{folder}/set", "imagenet-sample", "0", settings, made)
+    with s3_server(Path(folder)) as server:
+        for info in storage.list_files(found.uri):
+            storage.upload(info.uri, storage.join(server.uri, info.path))
+        loaders = {}
+        for name, share in (("whole", 1), ("quarter", 4)):
+            cache = {"cache_dir": f"{folder}/{name}", "cache_bytes": found.index.num_bytes // share}
+            pairs = PairSettings(scale=2, patch_px=64, num_streams=2, shuffle_block=32, **cache)
+            loaders[name] = iter(PairLoader(server.uri, pairs, BATCH, BATCH, 0, 1, 1))
+        epoch, rates = found.num_samples // BATCH, {name: [] for name in loaders}
+        for batches in loaders.values():
+            next(batches)
+        for _, (name, batches) in itertools.product(range(ROUNDS), loaders.items()):
+            start = time.monotonic()
+            for _ in range(epoch):
+                next(batches)
+            rates[name].append(epoch * BATCH / (time.monotonic() - start))
+    return rates
+
+
+def measure_evicting(folder):
+    """A set of four times its cache against one that fits: the second and later epochs."""
+    rates = evicting_rates(folder)
+    ratio = statistics.median(a / b for a, b in zip(rates["quarter"][1:], rates["whole"][1:], strict=True))
+    medians = {name: statistics.median(values[1:]) for name, values in rates.items()}
+    both = f"{medians['quarter']:.0f}/s, for all of it {medians['whole']:.0f}/s"
+    print(f"x2 from S3, cache for a quarter of the set {both}: {ratio:.2f} (floor {EVICTING_FLOOR})", flush=True)
+    return ratio >= EVICTING_FLOOR
+
+
 def main():
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        held = measure_evicting(folder)
+    if sys.argv[1:] == ["evicting"]:
+        return int(not held)
     for scale, patch in SCALES:
         with tempfile.TemporaryDirectory() as folder:
             measure(scale, patch, folder)
             measure_s3(scale, patch, folder)
+    return int(not held)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

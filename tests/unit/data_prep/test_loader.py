@@ -2,17 +2,20 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep import storage
 from data_prep.image import Picture, decode
 from data_prep.index import ShardSet, publish_index, read_shard_set, summarise
-from data_prep.loader import PairLoader, PairSettings, micro_batches_per_step
+from data_prep.loader import PairLoader, PairSettings, _Shares, _Turns, micro_batches_per_step
+from data_prep.mix import order_of
 from data_prep.pairs import make_pair
 from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
@@ -239,8 +242,50 @@ def test_batches_inside_a_ray_worker_are_the_same(expected, shards, ray_local):
     assert ray_local.get(first_keys.remote(), timeout=90) == [batch.keys for batch in expected[:3]]
 
 
+class Copies(TorchDispatchMode):
+    """Notes the dtypes of what is copied to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device"):
+            self.dtypes.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_batches_come_to_the_device_as_bytes(expected, shards):
+    """A stand-in for a GPU: the same shapes and dtypes, of which the larger side travels as uint8."""
+    loader = PairLoader(shards.uri, SETTINGS, BATCH, BATCH, 0, 1, 0, device="meta")
+    with Copies() as copies:
+        batch = next(iter(loader))
+    assert copies.dtypes == [torch.float32, torch.uint8]
+    for side, other in zip(batch[:2], expected[0][:2], strict=True):
+        assert (side.device.type, side.dtype, side.shape) == ("meta", other.dtype, other.shape)
+    assert batch.keys == expected[0].keys
+
+
+def test_bytes_become_what_they_are_of_255():
+    values = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(
+        values / torch.full((), 255.0), torch.from_numpy(np.arange(256, dtype=np.float32) / np.float32(255))
+    )
+
+
+@pytest.mark.parametrize(("micro_batch", "num_workers"), [(1, 6), (4, 6), (3, 2), (32, 6), (1, 1)])
+def test_every_share_of_every_worker_has_samples(shards, micro_batch, num_workers):
+    """At one sample per rank, five of the six workers used to make shares of nothing, two at most ahead of time."""
+    turns = _Turns(8 * micro_batch, micro_batch, 0, 8)
+    shares, order = _Shares(shards, SETTINGS, turns, 0), order_of(shards, SETTINGS)
+    sizes = [len(shares._crops(order, worker, num_workers, n)) for worker in range(num_workers) for n in range(12)]
+    assert min(sizes) >= max(1, micro_batch // num_workers)
+    assert max(sizes) <= max(2, micro_batch // num_workers + 1)
+
+
 WITH_WORKERS = """
 import itertools, multiprocessing.util, sys
+print("main")
 from data_prep.loader import PairLoader, PairSettings
 if __name__ == "__main__":
     settings = PairSettings(scale=2, patch_px=16, num_streams=8, shuffle_block=3, seed=1)
@@ -258,10 +303,32 @@ def test_workers_start_where_the_temporary_folder_is_too_long_for_sockets(expect
     command = [sys.executable, str(tmp_path / "train.py"), shards.uri]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    keys, sockets = done.stdout.splitlines()
+    main, keys, sockets = done.stdout.splitlines()  # the main module runs once: in a Ray worker it is all of Ray
+    assert main == "main"
     assert keys.split() == [key for batch in expected[:2] for key in batch.keys]
     assert not os.path.exists(sockets)
     assert not sockets.startswith(str(folder))
+
+
+KILLED = """
+import itertools, multiprocessing, os, signal, sys
+from data_prep.loader import PairLoader, PairSettings
+batches = iter(PairLoader(sys.argv[1], PairSettings(scale=2, patch_px=16), 8, 8, 0, 1, 2))
+next(batches)
+print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_with_a_killed_training(shards, tmp_path):
+    """Else they would stay for ever, and hold the tars that they read in the node's cache."""
+    (tmp_path / "train.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "train.py"), shards.uri]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as running:
+        output, _ = running.communicate(timeout=60)  # returns when no worker holds the pipe any more
+    assert running.returncode == -signal.SIGKILL
+    assert len(output.split()) == 2
 
 
 def test_item_keys_survive_the_way_through_a_tar(tmp_path):

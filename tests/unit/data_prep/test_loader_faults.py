@@ -3,8 +3,10 @@
 import itertools
 import os
 import random
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 
@@ -15,6 +17,7 @@ from data_prep import shard_cache, storage
 from data_prep.index import publish_index, read_shard_set, summarise
 from data_prep.loader import PairLoader, PairSettings
 from data_prep.order import SampleOrder, crop_position
+from data_prep.plan import Plan
 from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
 from data_prep.sources import list_items
@@ -245,26 +248,6 @@ def test_a_cache_that_may_not_be_written_is_named_and_done_without(shards, as_if
     assert caplog.text.count("Not a directory") == 1
 
 
-@pytest.fixture
-def as_if_remote(monkeypatch):
-    """A set in a folder, read as one in an object store is; counts of the downloads and ranges by address."""
-    counts = Counter()
-
-    def counted(name):
-        real = getattr(shard_cache, name)
-
-        def call(uri, *arguments):
-            counts[name, uri, *(arguments if name == "read_range" else ())] += 1
-            return real(uri, *arguments)
-
-        monkeypatch.setattr(shard_cache, name, call)
-
-    counted("download")
-    counted("read_range")
-    monkeypatch.setattr(shard_cache, "is_local", lambda uri: False)
-    return counts
-
-
 def test_a_damaged_tar_is_downloaded_once_and_named_once(shards, copy, as_if_remote, tmp_path, caplog):
     """The damage is behind the samples: these are sound, and read one by one."""
     tar = join(copy, "shard-000002.tar")
@@ -330,7 +313,8 @@ def test_what_is_not_wanted_any_more_makes_room_for_what_is(shards, as_if_remote
     reader.close()
 
 
-def test_each_user_has_a_cache_folder_of_ones_own(shards, monkeypatch):
+def test_each_user_has_a_cache_folder_of_ones_own(shards, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     ours = ShardReader(shards, None, 0)._cache
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert ShardReader(shards, None, 0)._cache != ours
@@ -356,6 +340,38 @@ with writing({str(tmp_path / "x")!r}) as file:
     assert storage.sweep(str(tmp_path)) == 0
     os.utime(old, (time.time() - 2 * 86400,) * 2)
     assert storage.sweep(str(tmp_path)) == 1
+
+
+def test_files_of_another_container_are_kept_while_they_are_held(tmp_path):
+    """It has this host's name and /tmp, but numbers of processes of its own: these say nothing here."""
+    pid = subprocess.Popen(["true"])
+    pid.wait()
+    file, folder = (
+        tmp_path / f".hatchery-tmp-{socket.gethostname()}.1-{pid.pid}-{name}" for name in ("file", "folder")
+    )
+    folder.mkdir()
+    with file.open("xb") as writer:
+        storage.hold(writer.fileno())
+        os.utime(file, (time.time() - 2 * 86400,) * 2)
+        assert not storage.is_abandoned(file, ".hatchery-tmp-")
+        assert not storage.is_abandoned(folder, ".hatchery-tmp-")
+    assert storage.is_abandoned(file, ".hatchery-tmp-")
+    os.utime(file)
+    assert not storage.is_abandoned(file, ".hatchery-tmp-")  # being made, perhaps
+
+
+def test_what_is_written_and_planned_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with storage.writing(str(tmp_path / "set" / "x")):
+        [file] = (tmp_path / "set").iterdir()
+        assert storage.is_held(file)
+    with Plan([], ShardSettings()):
+        [folder] = tmp_path.glob("hatchery-plan-*")
+        elsewhere = folder.rename(tmp_path / "hatchery-plan-999999999-elsewhere")
+        with Plan([], ShardSettings()):
+            assert elsewhere.exists()
+        elsewhere.rename(folder)
+    assert not list(tmp_path.glob("hatchery-plan-*"))
 
 
 def test_the_default_window_mixes_almost_as_a_full_shuffle_does():

@@ -33,15 +33,48 @@ def test_every_block_holds_the_shares_exactly(shares: tuple[float, ...], quota: 
     assert firsts[0] != firsts[1]
 
 
-def test_each_set_goes_through_its_own_exact_order() -> None:
-    order = mixed()
-    places = [order.position(g) for g in range(512)]
-    for source, (first, counts) in enumerate(zip((0, 2), COUNTS, strict=True)):
-        mine = [place for place in places if (place.shard >= 2) == bool(source)]
-        alone = SampleOrder(counts, 3, num_streams=4)
-        assert mine == [alone.position(n)._replace(shard=alone.position(n).shard + first) for n in range(len(mine))]
-        whole = sum(counts)
-        assert set(Counter((place.shard, place.sample) for place in mine[:whole]).values()) == {1}
+@pytest.mark.parametrize("num_streams", [1, 3, 4, 64, 300])
+@pytest.mark.parametrize("shares", [(0.75, 0.25), (5, 2, 1), (0.9, 0.1)])
+def test_each_block_of_the_streams_and_each_period_of_a_stream_hold_the_shares(
+    shares: tuple[float, ...], num_streams: int
+) -> None:
+    order = MixedOrder([SampleOrder([9], 0, num_streams) for _ in shares], shares, range(len(shares)), 7)
+    block, period = order.turns * num_streams, order.turns * num_streams**2
+    assert 256 <= block < 256 + num_streams
+    for start in (5 * block, period + 2 * block):
+        served = Counter(order.position(g).shard for g in range(start, start + block))
+        assert tuple(served[number] for number in range(len(shares))) == order.quotas
+    for stream in {0, num_streams // 2, num_streams - 1}:
+        served = Counter(order.position(g).shard for g in range(period + stream, 2 * period, num_streams))
+        assert tuple(served[number] for number in range(len(shares))) == order.quotas
+
+
+def test_each_stream_goes_through_the_same_stream_of_each_set() -> None:
+    order, alone = mixed(), [SampleOrder(counts, 3, num_streams=4) for counts in COUNTS]
+    places = [order.position(g) for g in range(2048)]
+    for stream, (source, first) in itertools.product(range(4), enumerate((0, 2))):
+        mine = [place for place in places[stream::4] if (place.shard >= 2) == bool(source)]
+        there = [alone[source].position(turn * 4 + stream) for turn in range(len(mine))]
+        assert mine == [place._replace(shard=place.shard + first) for place in there]
+
+
+def test_every_epoch_of_each_set_serves_each_of_its_samples_once() -> None:
+    places = [mixed().position(g) for g in range(4 * 2048)]
+    for first, counts in zip((0, 2), COUNTS, strict=True):
+        every = {(first + shard, sample) for shard, count in enumerate(counts) for sample in range(count)}
+        for epoch in range(0, 100, 10):
+            served = [place[1:] for place in places if place.epoch == epoch and (place.shard >= 2) == bool(first)]
+            assert len(served) == len(every)
+            assert set(served) == every
+
+
+@pytest.mark.parametrize("readers", [1, 8, 16])
+def test_a_reader_walks_through_few_shards_of_each_set(readers: int) -> None:
+    """400 shards of 1,024, three to one: over 640 samples, at most two shards for each of its streams and sets."""
+    sets = [SampleOrder([1024] * number, 0) for number in (300, 100)]
+    order = MixedOrder(sets, (0.75, 0.25), (0, 300), 0)
+    read = {order.position(g).shard for g in range(100_000 * readers, 100_640 * readers, readers)}
+    assert len(read) <= 2 * 2 * 64 // readers
 
 
 def test_any_number_can_be_asked_for_directly() -> None:

@@ -37,6 +37,7 @@ def test_what_another_user_may_have_prepared_is_not_used(tmp_path: Path, prepare
     assert found != str(path)
     assert stat.S_IMODE(os.stat(found).st_mode) == 0o700
     assert list(elsewhere.iterdir()) == []
+    assert private_folder("kept", str(tmp_path)) == found  # also in every other process
 
 
 def test_a_short_temporary_folder_is_used_for_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
