@@ -8,6 +8,7 @@ PyTorch's `FakeTensorMode` does the work. Where PyTorch is built for CPUs it lac
 """
 
 import ctypes
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,10 +18,12 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
+ROOMS = ("data_prep", "model", "pipeline")
 CUDA, META, DEVICE_TYPES = 1, 14, 22
 """Of c10::DeviceType."""
 
@@ -155,3 +158,46 @@ def operations() -> Iterator[list[tuple[str, list[Tensor]]]]:
 
     with Recorder():
         yield done
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """What inside makes the processor wait for the GPU, each with the line that does it: values that are asked for (all
+    are 1), and copies that are blocking or between memory that is not pinned.
+    """
+    found: list[str] = []
+    pinned = WeakIdKeyDictionary()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            options = kwargs or {}
+            if func is torch.ops.aten._local_scalar_dense.default:
+                if args[0].device.type == "cuda":
+                    found.append(_where("a value"))
+                return args[0].dtype == torch.bool or 1.0
+            out = func(*args, **options)
+            if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
+                if not options.get("non_blocking") or args[0] not in pinned:
+                    found.append(_where("a copy"))
+            return out
+
+    def pin_memory(self: Tensor) -> Tensor:
+        copy = self.clone()
+        pinned[copy] = True
+        return copy
+
+    def tolist(self: Tensor) -> list[float]:
+        if self.device.type == "cuda":
+            found.append(_where("values"))
+        return [1.0] * len(self)
+
+    patches = (patch.object(FakeTensor, "tolist", tolist), patch.object(FakeTensor, "pin_memory", pin_memory))
+    with patches[0], patches[1], Watch():
+        yield found
+
+
+def _where(what: str) -> str:
+    """The innermost line of this project's code."""
+    frames = [frame for frame in traceback.extract_stack() if any(f"/{room}/" in frame.filename for room in ROOMS)]
+    last = [frame for frame in frames if "/site-packages/" not in frame.filename][-1]
+    return f"{what}: {Path(last.filename).name}:{last.lineno} {last.line}"
