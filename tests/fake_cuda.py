@@ -176,9 +176,9 @@ def waits() -> Iterator[list[str]]:
                     found.append(_where("a value"))
                 return args[0].dtype == torch.bool or 1.0
             out = func(*args, **options)
-            if func is torch.ops.aten._to_copy.default and out.device != args[0].device:
-                if not options.get("non_blocking") or args[0] not in pinned:
-                    found.append(_where("a copy"))
+            is_moved = func is torch.ops.aten._to_copy.default and out.device != args[0].device
+            if is_moved and not (options.get("non_blocking") and args[0] in pinned):
+                found.append(_where("a copy"))
             return out
 
     def pin_memory(self: Tensor) -> Tensor:
