@@ -196,8 +196,8 @@ def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[
         metrics |= run.adversary.metrics()
     metrics["percent_of_peak"] = 100 * metrics["images_per_s"] * run.peak_share_per_image_per_s
     run.report({"metrics": metrics, "steps": run.budget.expected(run.step)})
-    if run.system is not None:
-        run.mailbox.post.remote({"step": run.step, "system": run.system.look()})
+    if run.system is not None and (usage := run.system.look()):
+        run.mailbox.post.remote({"step": run.step, "system": usage})
     return metrics
 
 
