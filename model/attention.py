@@ -6,20 +6,27 @@ g kinds of mask. Images are (B, H, W, C), cut into (B, Y, X, A, N, D) here.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.lean import Linear, Remake, is_traced
 from model.plain_attention import plain_attention
-from model.window_kernel import Attention, cached_bias, gather_bias, window_attention
+from model.window_kernel import Attention, gather_bias, window_attention
 from model.windows import Runs, Squares, key_image
 
 HEAD_MULTIPLE = 8
 """Of so many channels per head CUDA's kernels with a bias want a multiple (bf16; fp32: 4). HAT's heads have 30."""
+PAIRS_AT_ONCE = 2**24
+"""Pairs of query and key whose bias is made at a time, less than 1 GB with what it is made from. Only grids that span
+a large image have more: HMANet's of 1024 x 1024 px have 2**32, whose bias would take 25 GB in bf16."""
+BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of PyTorch's attention on GPUs; the second serves what the first does not take."""
 
 
 def attend_image(attention: Attention, table_pa: Tensor, *images_bhwc: Tensor) -> Tensor:
@@ -59,30 +66,46 @@ def filled_attention(multiple: int, attention: Attention, table_pa: Tensor, *ima
     cut = attention.cut
     q = _split_heads(cut.windows(images[0]), attention.num_heads)
     k, v = (_split_heads(cut.key_windows(key_image(x, cut)), attention.num_heads) for x in images[1:])
-    index_nm = attention.index_rows(0, q.shape[4])
-    gather = gather_bias if torch.is_grad_enabled() or is_traced() else cached_bias
-    bias_anm = gather(table_pa, index_nm, q.dtype)
-    masks = attention.masks_gnm
-    if masks is None:
-        out_byxand = attend(q, k, v, bias_anm, multiple)
-    else:
-        out_byxand = attend_shifted(q, k, v, bias_anm, masks, multiple)
+    channels = q.shape[-1]
+    if channels % multiple:
+        q, k, v = (F.pad(x, (0, -channels % multiple)) for x in (q, k, v))
+    with _backends(q.device):
+        out_byxand = _attended(attention, table_pa, q, k, v, channels**-0.5)[..., :channels]
     rows, columns = cut.windows(images[0]).shape[3:5]
     out_byxijad = out_byxand.transpose(3, 4).unflatten(3, (rows, columns))
     return cut.join(out_byxijad.flatten(5, 6))
 
 
-def attend(q_byxand: Tensor, k_byxamd: Tensor, v_byxamd: Tensor, bias_anm: Tensor, multiple: int = 1) -> Tensor:
-    """Softmax attention inside each window, scores scaled by D**-0.5 plus the bias: (B, Y, X, A, N, D)."""
-    channels = q_byxand.shape[-1]
+def _backends(device: torch.device) -> AbstractContextManager[None]:
+    """On GPUs no cuDNN attention, which newer ones would take: it plans anew for every shape, so for every size."""
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(BACKENDS)
+
+
+def _attended(attention: Attention, table_pa: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(B, Y, X, A, N, D): softmax attention of all windows, a piece of their queries at a time where they are large."""
+    queries, masks = q.shape[4], attention.masks_gnm
+
+    def bias(first: int, stop: int) -> Tensor:
+        return gather_bias(table_pa, attention.index_rows(first, stop), q.dtype)
+
+    if masks is not None:
+        return attend_shifted(q, k, v, bias(0, queries), masks, scale)
+    at_once = max(1, PAIRS_AT_ONCE // k.shape[4])
+    pieces = []
+    for first in range(0, queries, at_once):
+        stop = min(first + at_once, queries)
+        pieces.append(attend(q[:, :, :, :, first:stop], k, v, bias(first, stop), scale))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=4)
+
+
+def attend(q_byxand: Tensor, k_byxamd: Tensor, v_byxamd: Tensor, bias_anm: Tensor, scale: float) -> Tensor:
+    """Softmax attention inside each window, of scores times `scale` plus the bias: (B, Y, X, A, N, D)."""
     q, k, v = (x.flatten(0, 2) for x in (q_byxand, k_byxamd, v_byxamd))
-    if channels % multiple:
-        q, k, v = (F.pad(x, (0, -channels % multiple)) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_anm[None], scale=channels**-0.5)
-    return out[..., :channels].unflatten(0, q_byxand.shape[:3])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_anm[None], scale=scale)
+    return out.unflatten(0, q_byxand.shape[:3])
 
 
-def attend_shifted(q: Tensor, k: Tensor, v: Tensor, bias_anm: Tensor, masks_gnm: Tensor, multiple: int = 1) -> Tensor:
+def attend_shifted(q: Tensor, k: Tensor, v: Tensor, bias_anm: Tensor, masks_gnm: Tensor, scale: float) -> Tensor:
     """`attend` after a cyclic shift: inner windows, last column, last row and corner each with its own mask.
 
     Four calls instead of a mask per window keep the memory for masks independent of the image's size.
@@ -91,7 +114,7 @@ def attend_shifted(q: Tensor, k: Tensor, v: Tensor, bias_anm: Tensor, masks_gnm:
     body, last = slice(None, -1), slice(-1, None)
 
     def part(rows: slice, columns: slice, bias: Tensor) -> Tensor:
-        return attend(q[:, rows, columns], k[:, rows, columns], v[:, rows, columns], bias, multiple)
+        return attend(q[:, rows, columns], k[:, rows, columns], v[:, rows, columns], bias, scale)
 
     # A single row or column of windows leaves the body empty, which the attention kernels do not accept.
     upper = [part(body, body, bias_anm)] if q.shape[1] > 1 and q.shape[2] > 1 else []

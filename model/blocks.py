@@ -127,9 +127,13 @@ class DropPath(nn.Module):
     BRANCHES = 2
     """Branches of a block that share one module: attention and MLP."""
 
+    dropped_kept: Tensor
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        # in the form of a tensor, else each block and each recipe's rate would be compiled by itself
+        self.register_buffer("dropped_kept", torch.tensor([rate, 1 - rate]), persistent=False)
         self.draws: Tensor | None = None
 
     def forward(self, x: Tensor, branch: int = 0) -> Tensor:
@@ -137,8 +141,9 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         draws = torch.rand(len(x), device=x.device) if self.draws is None else self.draws[:, branch]
-        keep = draws.reshape((-1,) + (1,) * (x.ndim - 1)) >= self.rate
-        return x * (keep / (1 - self.rate)).to(x.dtype)
+        dropped, kept = self.dropped_kept.unbind()
+        is_kept = draws.reshape((-1,) + (1,) * (x.ndim - 1)) >= dropped
+        return x * (is_kept / kept).to(x.dtype)
 
 
 def drop_paths(network: nn.Module) -> list[DropPath]:

@@ -54,9 +54,18 @@ class Discriminator(nn.Module):
         self.eval()
 
 
+class _Convolution(nn.Conv2d):
+    """A convolution without bias whose weight is normed in fp32: CUDA's autocast would multiply it in bf16 for that."""
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        with torch.autocast(x_bchw.device.type, enabled=False):
+            weight = self.weight
+        return self._conv_forward(x_bchw, weight, None)
+
+
 def _half(inputs: int, outputs: int) -> nn.Module:
-    return spectral_norm(nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=False))
+    return spectral_norm(_Convolution(inputs, outputs, 4, stride=2, padding=1, bias=False))
 
 
 def _same(inputs: int, outputs: int) -> nn.Module:
-    return spectral_norm(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+    return spectral_norm(_Convolution(inputs, outputs, 3, padding=1, bias=False))

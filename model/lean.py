@@ -31,7 +31,8 @@ class Remake(NamedTuple):
     source: Tensor
     """What is kept."""
     make: Callable[[Tensor], Tensor]
-    """Gives the input. Called in the backward pass; may call modules, so that ZeRO-3 gathers their weights."""
+    """Gives the input. Called in the backward pass under the forward pass's autocast; may call modules, so that ZeRO-3
+    gathers their weights."""
 
 
 def in_compute_dtype(x: Tensor) -> Tensor:
@@ -110,14 +111,24 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     return HAS_ONEDNN and (dtype == torch.float32 or (dtype == torch.bfloat16 and onednn_has_bf16()))
 
 
+def _note(ctx: Any, x: Tensor, make: Callable[[Tensor], Tensor] | None) -> None:
+    """What `_made` needs to make x again."""
+    ctx.make, ctx.dtype = make, x.dtype
+    ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+
+
 def _made(ctx: Any, kept: Tensor) -> Tensor:
-    return kept if ctx.make is None else ctx.make(kept).to(ctx.dtype)
+    if ctx.make is None:
+        return kept
+    enabled, dtype = ctx.autocast
+    with torch.autocast(kept.device.type, dtype, enabled=enabled):  # off in a backward pass; CUDA's layer norm needs it
+        return ctx.make(kept).to(ctx.dtype)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, source: Tensor | None, make: Any) -> Tensor:
-        ctx.make, ctx.dtype = make, x.dtype
+        _note(ctx, x, make)
         ctx.save_for_backward(x if source is None else source, weight)
         return multiply(x, weight.to(x.dtype), bias.to(x.dtype))
 
@@ -142,7 +153,8 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, int], source: Tensor | None, make: Any
     ) -> Tensor:
-        ctx.make, ctx.dtype, ctx.padding = make, x.dtype, padding
+        _note(ctx, x, make)
+        ctx.padding = padding
         ctx.save_for_backward(x if source is None else source, weight)
         return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), padding=padding)
 
@@ -170,7 +182,7 @@ class _Convolution(torch.autograd.Function):
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, make: Any) -> Tensor:
-        ctx.make, ctx.dtype = make, x.dtype
+        _note(ctx, x, make)
         ctx.save_for_backward(source)
         return F.gelu(x)
 
@@ -183,7 +195,7 @@ class _Gelu(torch.autograd.Function):
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, source: Tensor, make: Any) -> Tensor:
-        ctx.make, ctx.dtype = make, x.dtype
+        _note(ctx, x, make)
         ctx.save_for_backward(gate, source)
         return x * gate
 

@@ -56,6 +56,16 @@ def emulation_note(wanted: str, device: torch.device) -> str | None:
     return f"this {what} has no bf16 arithmetic: precision bf16 is emulated, much slower than fp32 (auto takes fp32)"
 
 
+def keep_fp32_exact() -> None:
+    """From now on fp32 means it in this process, for trainings in fp32; `computing` does so for a while."""
+    for place in _places_of_tf32():
+        place.allow_tf32 = False
+
+
+def _places_of_tf32() -> list[Any]:
+    return [torch.backends.cudnn, torch.backends.cuda.matmul]
+
+
 @contextmanager
 def computing(wanted: str, device: torch.device) -> Iterator[None]:
     """A context in which a network of fp32 weights computes as wanted (see `resolve_precision`).
@@ -63,7 +73,7 @@ def computing(wanted: str, device: torch.device) -> Iterator[None]:
     fp32 means it: on GPUs PyTorch would have convolutions round their inputs to TF32, as coarse as fp16.
     """
     bf16 = resolve_precision(wanted, device) == "bf16"
-    places: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    places = _places_of_tf32()
     before = [place.allow_tf32 for place in places]
     try:
         for place, allowed in zip(places, before, strict=True):

@@ -84,7 +84,7 @@ class ComputeConfig(Settings):
         1, description="training processes (one per GPU); [min, max]: goes on with fewer when nodes are lost"
     )
     use_gpu: bool | Literal["auto"] = Field(
-        "auto", description="one GPU per worker, waited for; auto: where the cluster has any when a training begins"
+        "auto", description="one GPU per worker, waited for; auto: where the cluster has any when the work begins"
     )
     cpus_per_worker: int = Field(1, ge=1, description="CPU cores reserved and torch threads per training process")
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")

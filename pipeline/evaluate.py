@@ -2,8 +2,9 @@
 
 At scale 1 no border is left out, and what stands beside is the degraded image itself.
 
-Images are spread over Ray tasks, on GPUs where the cluster has some. A task gives figures at once and leaves the
-upscaled image as a PNG in Ray's object store, so that pictures are made of the few that are shown.
+Images are spread over Ray actors, which hold the network once each: on GPUs where `compute.use_gpu` says so, one each.
+Figures come at once; the upscaled image stays as a PNG in Ray's object store, so that pictures are made of the few that
+are shown.
 """
 
 import functools
@@ -11,7 +12,8 @@ import hashlib
 import io
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from model.blocks import UpscalingNetwork
 from model.inference import Upscaler
 from model.metrics import RESOLVED_DB, psnr_rgb, psnr_y, ssim_y
 from model.perceptual import Distance, Dists, Lpips
+from pipeline import cluster
+from pipeline.actor_pool import ActorPool
 from pipeline.benchmark import (
     BenchmarkImage,
     DistsConfig,
@@ -36,6 +40,7 @@ from pipeline.benchmark import (
     read_pair,
     upscale_bicubic,
 )
+from pipeline.config import ComputeConfig
 from pipeline.settings import Settings
 
 _DISTANCES: dict[str, Callable[..., Distance]] = {"lpips": Lpips, "dists": Dists}
@@ -165,17 +170,6 @@ def _called(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-@ray.remote(num_cpus=1, num_returns=2)
-def _judge(image: BenchmarkImage, scale: int, weights: "Weights", protocol: Protocol) -> tuple[ImageResult, bytes]:
-    network = weights.network()
-    if torch.cuda.is_available():
-        network.to("cuda")
-    else:
-        torch.set_num_threads(1)
-    result, output = judge(image, scale, network, protocol)
-    return result, to_png(output)
-
-
 @dataclass(frozen=True)
 class Weights:
     """Weights on their way to the workers: bytes of a .pth in Ray's object store, fetched once by each process.
@@ -194,19 +188,48 @@ class Weights:
         return cls(hashlib.sha256(content).hexdigest(), (ray.put(content),), frozen)
 
     def network(self) -> UpscalingNetwork:
-        """The network, in eval mode; a process keeps the last one."""
-        return _network(self)
-
-    def __hash__(self) -> int:
-        return hash((self.digest, self.options))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Weights) and (self.digest, self.options) == (other.digest, other.options)
+        """The network, in eval mode."""
+        return load_bytes(ray.get(self.stored[0]), dict(self.options))
 
 
-@functools.lru_cache(maxsize=1)
-def _network(weights: Weights) -> UpscalingNetwork:
-    return load_bytes(ray.get(weights.stored[0]), dict(weights.options))
+@ray.remote(num_cpus=1)
+class _Judge:
+    """A process that judges images, one after another; the last network stays on its device."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        if not on_gpu:
+            torch.set_num_threads(1)
+        self.held: tuple[Weights, UpscalingNetwork] | None = None
+
+    @ray.method(num_returns=2)
+    def judge(
+        self, image: BenchmarkImage, scale: int, weights: Weights, protocol: Protocol
+    ) -> tuple[ImageResult, bytes]:
+        """See `judge`; the upscaled image as a PNG."""
+        if self.held is None or self.held[0] != weights:
+            self.held = None  # its memory is wanted
+            self.held = weights, weights.network().to(self.device)
+        result, output = judge(image, scale, self.held[1], protocol)
+        return result, to_png(output)
+
+
+@contextmanager
+def judges(compute: ComputeConfig) -> Iterator[ActorPool]:
+    """Processes that `evaluate` spreads images over, on a GPU each where `compute` says so; Ray must be initialised."""
+    on_gpu = functools.cache(functools.partial(cluster.has_gpus, compute))  # decided once, when there is an image
+
+    def make() -> Any:
+        return _Judge.options(num_gpus=int(on_gpu())).remote(on_gpu())  # type: ignore[attr-defined]
+
+    def most() -> int:
+        return max(1, int(ray.cluster_resources().get("GPU" if on_gpu() else "CPU", 0)))
+
+    pool = ActorPool(make, most)
+    try:
+        yield pool
+    finally:
+        pool.close()
 
 
 def load_bytes(weights: bytes, options: dict[str, Any]) -> UpscalingNetwork:
@@ -216,11 +239,16 @@ def load_bytes(weights: bytes, options: dict[str, Any]) -> UpscalingNetwork:
 
 
 def evaluate(
-    model: str, scale: int, weights: Weights, name: str, images: list[BenchmarkImage], protocol: Protocol
+    pool: ActorPool,
+    model: str,
+    scale: int,
+    weights: Weights,
+    name: str,
+    images: list[BenchmarkImage],
+    protocol: Protocol,
 ) -> Judged:
-    """One model on one set, an image per Ray task."""
-    with_gpus = _judge.options(num_gpus=1 if ray.cluster_resources().get("GPU", 0) else 0)
-    answers = [with_gpus.remote(image, scale, weights, protocol) for image in images]
+    """One model on one set; pool: of `judges`."""
+    answers = pool.run(lambda judge, image: judge.judge.remote(image, scale, weights, protocol), images)
     results = tuple(ray.get([result for result, _ in answers]))
     keys = [*protocol.metrics, *(f"bicubic_{metric}" for metric in protocol.metrics)]
     means: dict[str, Any] = {key: statistics.fmean(getattr(result, key) for result in results) for key in keys}

@@ -18,11 +18,12 @@ from data_prep.uri import printable
 from model import load
 from model.weights import read_weights, recognise
 from pipeline import cluster, compare, pictures, registry, report, stages, tracking
+from pipeline.actor_pool import ActorPool
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set, set_name
 from pipeline.cascade import fetch_published
 from pipeline.config import EVALUATION_SCALES, ComputeConfig
 from pipeline.config_files import place_of
-from pipeline.evaluate import SetResult, Weights, evaluate, load_distance
+from pipeline.evaluate import SetResult, Weights, evaluate, judges, load_distance
 from pipeline.published import preset_of
 from pipeline.settings import Settings, explain
 
@@ -106,11 +107,12 @@ def run(request: Request, console: Console, address: str | None = None, debug: b
     out = Path(request.out)
     out.mkdir(parents=True, exist_ok=True)
     results: list[SetResult] = []
-    with cluster.connected(ComputeConfig(), address, debug):
+    compute = ComputeConfig()
+    with cluster.connected(compute, address, debug), judges(compute) as pool:
         for found in given:
             weights = Weights.put(found.content, found.options)
             for name, images in sets.items():
-                results.append(_judge(request, found, weights, name, images, out))
+                results.append(_judge(pool, request, found, weights, name, images, out))
                 console.print(report.image_table(results[-1]))
     archs = {found.title: found.arch for found in given}
     compared = _comparisons(results, given)
@@ -150,9 +152,15 @@ def _renamed(found: Given, number: int, given: list[Given]) -> Given:
 
 
 def _judge(
-    request: Request, found: Given, weights: Weights, name: str, images: list[BenchmarkImage], out: Path
+    pool: ActorPool,
+    request: Request,
+    found: Given,
+    weights: Weights,
+    name: str,
+    images: list[BenchmarkImage],
+    out: Path,
 ) -> SetResult:
-    judged = evaluate(found.title, found.scale, weights, name, images, request.protocol)
+    judged = evaluate(pool, found.title, found.scale, weights, name, images, request.protocol)
     (out / "pictures").mkdir(exist_ok=True)
     pictures.write_pictures(judged, images, request.pictures, out / "pictures")
     return judged.result

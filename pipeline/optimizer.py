@@ -73,7 +73,10 @@ class GuardedAdam(torch.optim.Adam):
         squared = norms.float().square().sum().to(self.device)
         if not self.partitioned:
             squared = squared / dist.get_world_size()  # every rank holds the same gradient
-        wishes = torch.tensor(self.wishes, dtype=torch.float32, device=self.device)
+        wishes = torch.zeros(len(self.wishes), device=self.device)
+        for number, wish in enumerate(self.wishes):
+            if wish:
+                wishes[number].fill_(1)  # a tensor of given values would be copied to a GPU, which waits for it
         shared = torch.cat([torch.stack([squared, self.loss.float()]), wishes])
         dist.all_reduce(shared)
         total, loss, *wished = shared.tolist()

@@ -8,9 +8,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pipeline import registry
-from pipeline.config import EvaluateConfig
+from pipeline.actor_pool import ActorPool
+from pipeline.config import ComputeConfig, EvaluateConfig
 from pipeline.costs import measure_costs
-from pipeline.evaluate import SetResult, Weights, evaluate, load_bytes
+from pipeline.evaluate import SetResult, Weights, evaluate, judges, load_bytes
 from pipeline.gate import Anchor, Costs, Verdict, decide
 from pipeline.lineage import PARENT_TAG
 from pipeline.rule import GateConfig
@@ -23,25 +24,26 @@ def judge_candidate(
     rule: GateConfig,
     asked: EvaluateConfig,
     anchor_uri: str | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Verdict:
     """The gate's verdict on a candidate with results `mine`; Ray must be initialised. asked: the sets.
 
     The rival is the champion; where there is none, the version that the candidate was started from, else bicubic.
-    anchor_uri: models:/NAME/VERSION that the rule's `not_worse` is asked about as well.
+    anchor_uri: models:/NAME/VERSION that the rule's `not_worse` is asked about as well. compute: what is judged on.
     """
     rival = champion or parent_of(candidate)
     if rival is None:
         return decide(mine, None, "bicubic" if any(result.scale > 1 for result in mine) else "the input", rule)
     title = f"champion version {rival.version}" if champion else f"{rival.name} version {rival.version}, its start"
     anchor = registry.resolve(MlflowClient(), anchor_uri) if anchor_uri else None
-    with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-        theirs = rival_results(rival, mine, rule.sets, asked, Path(folder))
+    with judges(compute or ComputeConfig()) as pool, tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
+        theirs = rival_results(pool, rival, mine, rule.sets, asked, Path(folder))
         # a set may have grown since
-        mine = rival_results(candidate, theirs, rule.sets, asked, Path(folder), mine)
+        mine = rival_results(pool, candidate, theirs, rule.sets, asked, Path(folder), mine)
         since, costs = None, None
         if anchor is not None and (anchor.name, str(anchor.version)) != (rival.name, str(rival.version)):
             (place := Path(folder, "anchor")).mkdir()
-            results = rival_results(anchor, mine, list(rule.not_worse), asked, place)
+            results = rival_results(pool, anchor, mine, list(rule.not_worse), asked, place)
             since = Anchor(f"{anchor.name} version {anchor.version}, where the domain started", results)
         if rule.max_slowdown is not None or rule.max_growth is not None:
             costs = compare_costs(candidate, rival, Path(folder))
@@ -55,6 +57,7 @@ def parent_of(version: ModelVersion) -> ModelVersion | None:
 
 
 def rival_results(
+    pool: ActorPool,
     rival: ModelVersion,
     mine: list[SetResult],
     names: Sequence[str],
@@ -78,7 +81,7 @@ def rival_results(
         weights = weights or Weights.put(*registry.read_weights(rival, place))
         images = asked.images(result.set, result.scale)
         name = f"{rival.name} version {rival.version}"
-        found.append(evaluate(name, result.scale, weights, result.set, images, result.protocol).result)
+        found.append(evaluate(pool, name, result.scale, weights, result.set, images, result.protocol).result)
     return found
 
 

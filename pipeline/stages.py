@@ -23,7 +23,7 @@ from pipeline import cascade, checkpoint, lineage, pictures, promotion, registry
 from pipeline.artifact import Artifact
 from pipeline.benchmark import read_pair
 from pipeline.config import DataConfig, Recipe, digest_of
-from pipeline.evaluate import SetResult, Weights, evaluate
+from pipeline.evaluate import SetResult, Weights, evaluate, judges
 from pipeline.gate import Verdict
 from pipeline.launch import TrainJob, run_training
 from pipeline.monitor import Record
@@ -254,20 +254,22 @@ def run_evaluate(work: Work) -> Artifact:
     results: list[SetResult] = []
     shown: dict[str, Path] = {}
     archs: dict[str, str | None] = {}
-    for name, trained in work.inputs.items():
-        scale = work.recipe.trainings[name].scale
-        path = artifacts.fetch(trained, PTH, work.folder)
-        weights, archs[name] = Weights.put(path.read_bytes(), load_options(work.recipe)), preset_of(read_weights(path))
-        for set_name in asked.sets:
-            passed_over = PassedOver()
-            images = asked.images(set_name, scale, passed_over)
-            if said := passed_over.describe():
-                work.display.say(f"      {set_name}: {said}")
-            judged = evaluate(name, scale, weights, set_name, images, asked.protocol)
-            results.append(judged.result)
-            shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)
-            work.tracker.log_metrics(work.run_id, _metrics_of(judged.result))
-            work.display.update(len(results), len(asked.sets) * len(work.inputs), "evaluations")
+    with judges(work.recipe.compute) as pool:
+        for name, trained in work.inputs.items():
+            scale = work.recipe.trainings[name].scale
+            path = artifacts.fetch(trained, PTH, work.folder)
+            weights = Weights.put(path.read_bytes(), load_options(work.recipe))
+            archs[name] = preset_of(read_weights(path))
+            for set_name in asked.sets:
+                passed_over = PassedOver()
+                images = asked.images(set_name, scale, passed_over)
+                if said := passed_over.describe():
+                    work.display.say(f"      {set_name}: {said}")
+                judged = evaluate(pool, name, scale, weights, set_name, images, asked.protocol)
+                results.append(judged.result)
+                shown |= pictures.write_pictures(judged, images, asked.pictures, work.folder)
+                work.tracker.log_metrics(work.run_id, _metrics_of(judged.result))
+                work.display.update(len(results), len(asked.sets) * len(work.inputs), "evaluations")
     files = write_reports(results, archs, work.folder)
     return work.publish(files | shown, {}, digest=digest_of([result.what() for result in results]))
 
@@ -355,7 +357,7 @@ def run_promote(work: Work) -> Artifact:
         def judge(
             champion: ModelVersion | None, mine: list[SetResult] = mine, candidate: ModelVersion = candidate
         ) -> Verdict:
-            return judge_candidate(mine, candidate, champion, rule, asked, anchor)
+            return judge_candidate(mine, candidate, champion, rule, asked, anchor, work.recipe.compute)
 
         decisions[model] = promotion.promote(work.tracker.client, model, candidate, judge).model_dump()
     path = work.folder / "decisions.json"

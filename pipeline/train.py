@@ -166,7 +166,9 @@ def _drop_path_draws(run: Run) -> Tensor:
     generator = torch.Generator().manual_seed(int(digest_of([run.job.seed, run.step])[:15], 16))
     size = (run.job.phase.global_batch, len(drop_paths(run.engine.module)), DropPath.BRANCHES)
     mine = torch.rand(size, generator=generator)[run.rank :: run.world_size]
-    return torch.cat([mine, torch.ones(1, *size[1:])]).to(run.device)
+    draws = torch.cat([mine, torch.ones(1, *size[1:])])
+    # pinned, else the copy waits until the GPU has nothing left to do
+    return draws.pin_memory().to(run.device, non_blocking=True) if run.device.type == "cuda" else draws
 
 
 def _weighted_loss(run: Run, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, float] | None]:
@@ -194,8 +196,8 @@ def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[
         metrics |= run.adversary.metrics()
     metrics["percent_of_peak"] = 100 * metrics["images_per_s"] * run.peak_share_per_image_per_s
     run.report({"metrics": metrics, "steps": run.budget.expected(run.step)})
-    if run.system is not None:
-        run.mailbox.post.remote({"step": run.step, "system": run.system.look()})
+    if run.system is not None and (usage := run.system.look()):
+        run.mailbox.post.remote({"step": run.step, "system": usage})
     return metrics
 
 

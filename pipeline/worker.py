@@ -18,7 +18,7 @@ from model import build
 from model.blocks import UpscalingNetwork
 from model.init import bicubic_start
 from model.losses import Loss, with_adversary
-from model.precision import emulation_note, resolve_precision
+from model.precision import emulation_note, keep_fp32_exact, resolve_precision
 from model.weights import load_parameters, read_weights
 from pipeline import artifact, checkpoint, zero
 from pipeline.adversary import Adversary
@@ -77,6 +77,8 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         torch.set_num_threads(job.compute.cpus_per_worker)
         keep_freed_memory()
     bf16 = _agree(resolve_precision(job.phase.precision, device) == "bf16", device)
+    if not bf16:
+        keep_fp32_exact()
     network, state, meta = _start(job)
     network.to(device)
     macs = macs_per_sample(network, job.phase.patch_px)

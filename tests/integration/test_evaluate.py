@@ -13,7 +13,8 @@ from model.weights import save_pth
 from pipeline import report
 from pipeline.benchmark import BenchmarkImage, Protocol, read_set
 from pipeline.cli import main
-from pipeline.evaluate import Judged, Weights, evaluate
+from pipeline.config import ComputeConfig
+from pipeline.evaluate import Judged, Weights, evaluate, judges
 from pipeline.pictures import write_pictures
 from tests.golden_crops import SET5
 from tests.shared_data import ROOT, shared
@@ -37,7 +38,8 @@ def judge_bicubic(folder: Path, scale: int, place: Path) -> tuple[Judged, list[B
     assert all(image.low_res for image in images)
     with open(path, "rb") as file:
         weights = Weights.put(file.read(), {})
-    return evaluate("start", scale, weights, "Set5", images, Protocol(rgb=scale == 4)), images
+    with judges(ComputeConfig()) as pool:
+        return evaluate(pool, "start", scale, weights, "Set5", images, Protocol(rgb=scale == 4)), images
 
 
 def test_bicubic_rows_equal_the_published_figures(ray_local: object, tmp_path: Path) -> None:

@@ -117,6 +117,17 @@ def test_any_size_of_the_buffer_gives_the_same(name: str, budget: int, monkeypat
     assert all(torch.allclose(ours, expected, atol=1e-4) for ours, expected in pairs)
 
 
+@pytest.mark.parametrize("pairs", [1, 40])
+@pytest.mark.parametrize("name", ["squares", "overlapping squares", "grids"])
+def test_queries_in_pieces_give_the_same(name: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, num_rows, num_images = case(name, (8, 12))
+    leaves = tensors(num_rows, num_images, (8, 12), torch.float64)
+    monkeypatch.setattr(model.attention, "PAIRS_AT_ONCE", pairs)
+    assert torch.allclose(fused_attention(attention, *leaves), direct(attention, *leaves), atol=1e-12)
+    given = (gradients(way, attention, leaves) for way in (fused_attention, direct))
+    assert all(torch.allclose(ours, expected, atol=1e-12) for ours, expected in zip(*given, strict=True))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_bf16_is_near_double(way: str) -> None:
     attention, num_rows, num_images = case("masked squares", (8, 12))
@@ -143,24 +154,22 @@ def test_only_q_k_and_v_are_kept(name: str) -> None:
     assert saved_bytes(Scores(name, (16, 16)), x) == x.nbytes
 
 
-@pytest.mark.parametrize("way", ["window by window", "fused as on CUDA"])
-def test_without_gradients_the_bias_is_gathered_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gradients_the_bias_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     attention, num_rows, num_images = case("masked squares", (8, 8))
     table, image = tensors(num_rows, num_images, (8, 8), torch.float32)
     table, calls = torch.nn.Parameter(table.detach()), []
-    expected = WAYS[way](attention, table, image)
+    expected = window_attention(attention, table, image)
 
     def counted(*arguments: Any) -> Tensor:
         calls.append(arguments)
         return gather_bias(*arguments)
 
-    for module in (model.window_kernel, model.attention):
-        monkeypatch.setattr(module, "gather_bias", counted)
+    monkeypatch.setattr(model.window_kernel, "gather_bias", counted)
     with torch.no_grad():
-        assert all(torch.allclose(WAYS[way](attention, table, image), expected, atol=1e-6) for _ in range(3))
+        assert all(torch.allclose(window_attention(attention, table, image), expected, atol=1e-6) for _ in range(3))
         assert len(calls) == 1
         table *= 2
-        assert not torch.allclose(WAYS[way](attention, table, image), expected, atol=1e-6)
+        assert not torch.allclose(window_attention(attention, table, image), expected, atol=1e-6)
 
 
 def test_frozen_tables_and_images_get_no_gradient() -> None:

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn.attention import sdpa_kernel
 
+from model.attention import BACKENDS, fused_attention, rows_of
 from model.blocks import DropPath, drop_paths, set_drop_path_draws
+from model.window_kernel import Attention
+from model.windows import Squares, window_index
 from tests.unit.model.tiny import tiny, tiny_hmanet, tiny_unet
 
 NETWORKS = {"hat": tiny, "hmanet": tiny_hmanet, "hat_unet": partial(tiny_unet, 2)}
@@ -84,3 +88,27 @@ def test_training_steps_compile_once_and_train_the_same(arch: str) -> None:
     assert list(compiled.state_dict()) == names
     assert losses == pytest.approx(expected[0], rel=1e-4)
     assert all(torch.allclose(ours, theirs, atol=1e-4) for ours, theirs in zip(weights, expected[1], strict=True))
+
+
+def test_rates_of_drop_path_are_data_of_the_graph() -> None:
+    """So that its kernels serve all blocks, and what is kept of a compilation serves other rates."""
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    for rate in (0.1, 0.3):
+        module = DropPath(rate).train()
+        module.draws = torch.rand(2, DropPath.BRANCHES)
+        torch.compile(module, backend=keep)(torch.rand(2, 3))
+        torch._dynamo.reset()
+    assert graphs[0] == graphs[1]
+
+
+def test_the_choice_of_attention_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.attention._backends", lambda device: sdpa_kernel(BACKENDS))
+    attention = Attention(Squares(4), 2, partial(rows_of, window_index(4)))
+    table, image = torch.rand(49, 2), torch.rand(1, 8, 8, 12)
+    compiled = torch.compile(partial(fused_attention, attention), backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(table, image), fused_attention(attention, table, image))

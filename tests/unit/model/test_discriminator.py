@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from model.discriminator import Discriminator
+from tests.fake_cuda import fake_cuda, operations, to_fake_cuda
 
 
 def test_the_published_size() -> None:
@@ -45,3 +46,14 @@ def test_only_following_changes_the_norms() -> None:
         network.follow()
         assert not torch.equal(network(x), first)
     assert not network.training
+
+
+def test_norms_are_found_in_fp32_where_autocast_multiplies_in_bf16() -> None:
+    network = Discriminator(4)
+    with fake_cuda(), operations() as done:
+        to_fake_cuda(network)
+        with torch.autocast("cuda", torch.bfloat16):
+            assert network(torch.rand(1, 3, 16, 16, device="cuda")).dtype == torch.bfloat16
+    products = [inputs for name, inputs in done if name == "aten.mv.default"]
+    assert len(products) == 8
+    assert {x.dtype for inputs in products for x in inputs} == {torch.float32}

@@ -13,6 +13,7 @@ import torch
 from model.blocks import UpscalingNetwork
 from model.inference import upscale, upscale_tensor
 from model.init import bicubic_start
+from model.precision import keep_fp32_exact
 from model.tiles import Tiler
 from tests.golden_cases import golden_network
 from tests.photographs import shipped
@@ -223,6 +224,13 @@ def test_fp32_is_no_tf32(allowed: bool, tf32_places: list[Any]) -> None:
     upscale_tensor(network, torch.rand(1, 3, 8, 8), precision="bf16")
     assert seen == [False, False, allowed, allowed]
     assert [place.allow_tf32 for place in tf32_places] == [allowed, allowed]
+
+
+def test_a_training_in_fp32_takes_no_tf32(tf32_places: list[Any]) -> None:
+    for place in tf32_places:
+        place.allow_tf32 = True
+    keep_fp32_exact()
+    assert not any(place.allow_tf32 for place in tf32_places)
 
 
 @pytest.mark.parametrize(
