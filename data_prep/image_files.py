@@ -13,6 +13,8 @@ from data_prep.uri import printable
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "jfif", "jpe", "jif", "jfi", "mpo", "apng")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """Pillow's names of the formats that are read; no other parser is ever asked. `model.picture` has the same."""
+MAX_PIXELS = 178_956_970
+"""Of an image that trains or judges, whatever its format: Pillow's own limit. A small file may hold many more."""
 
 _CLUTTER = frozenset(
     (

@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.image_files import MAX_PIXELS
 from data_prep.storage import DamageError, StorageError, exists, join, normalise, read_bytes, write_bytes, writing
 from data_prep.uri import printable
 
@@ -22,8 +23,8 @@ _LISTED_REJECTS = 1000
 _CACHED_SIDECARS = 128  # more than the streams a worker reads at once; a sidecar of 512 samples takes 0.5 MB
 
 
-def _is_none(number: int) -> bool:
-    return number == 0
+def _is_empty(value: object) -> bool:
+    return not value
 
 
 class _Record(BaseModel):
@@ -43,12 +44,14 @@ class ShardSettings(_Record):
         return self
 
     def content(self) -> dict[str, object]:
-        """What decides the shards' content."""
-        return self.model_dump(exclude={"max_reject_share"})
+        """What decides the shards' content; without `max_pixels` as it was before there was a choice."""
+        usual = {"max_pixels"} if self.max_pixels == MAX_PIXELS else set()
+        return self.model_dump(exclude={"max_reject_share"} | usual)
 
     samples_per_shard: int = Field(512, ge=1, description="images per tar, the last one may hold fewer")
     seed: int = Field(0, ge=0, description="decides which images share a shard, and their order in it")
     min_side_px: int = Field(64, ge=1, description="an image with a shorter side, in pixels, is rejected")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="an image of more pixels is rejected")
     drop_duplicates: bool = Field(True, description="of files with the same bytes keep the one with the smallest key")
     sub_image_px: int | None = Field(
         None, ge=1, description="cut images into PNG crops of this side, in pixels; null keeps the files as they are"
@@ -60,7 +63,9 @@ class ShardSettings(_Record):
 class Sample(_Record):
     """One image in a tar: `size` bytes at `offset`, decoding to `height` x `width` pixels.
 
-    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none.
+    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none, and
+    where their hash `seek_sha256` is missing, as in older sidecars, their own checksum alone is asked. `by_pillow`: the
+    region decoder gave other pixels than Pillow, and is not asked.
     """
 
     key: str
@@ -71,6 +76,8 @@ class Sample(_Record):
     width: int
     sha256: str
     seek_size: int = 0
+    seek_sha256: str = Field("", exclude_if=_is_empty)
+    by_pillow: bool = Field(False, exclude_if=_is_empty)
 
     @property
     def seek_offset(self) -> int:
@@ -104,7 +111,7 @@ class ShardInfo(_Record):
     num_images: int
     samples: tuple[Sample, ...]
     rejects: tuple[Reject, ...]
-    num_of_several: int = Field(0, exclude_if=_is_none)  # as it was before where there is none
+    num_of_several: int = Field(0, exclude_if=_is_empty)  # as it was before where there is none
 
 
 class Shard(_Record):
@@ -147,7 +154,7 @@ class ShardIndex(_Record):
     left_out_sha256: str
     shards: tuple[Shard, ...]
     rejects: tuple[Reject, ...]
-    num_of_several: int = Field(0, exclude_if=_is_none)
+    num_of_several: int = Field(0, exclude_if=_is_empty)
 
 
 class ShardSet:

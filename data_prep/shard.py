@@ -9,7 +9,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.duplicates import find_duplicates
 from data_prep.image import Checked, check, decode
@@ -86,13 +86,13 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
                     continue
                 data = read_item(item)
                 try:
-                    checked = check(data)
+                    checked = check(data, plan.settings.max_pixels)
                     entries = list(_entries(item, data, checked, plan.settings))
                 except ValueError as error:
                     rejects.append(_reject(item, str(error)))
                     continue
                 num_of_several += checked.num_pictures > 1
-                samples.extend(_append(tar, *entry) for entry in entries)
+                samples.extend(_append(tar, entry) for entry in entries)
     info = ShardInfo(
         name=plan.name,
         plan=plan.digest,
@@ -232,23 +232,27 @@ def _delete_stale(destination: str, names: set[str]) -> None:
     delete(join(destination, _DUPLICATES_NAME))
 
 
-def _entries(
-    item: Item, data: bytes, checked: Checked, settings: ShardSettings
-) -> Iterator[tuple[str, str, bytes, int, int, bytes]]:
-    """(key, extension, bytes, height, width, seek points) of what goes into the tar for an image.
+class _Entry(NamedTuple):
+    """What goes into the tar for an image, and what is known of it."""
 
-    Raises ValueError with the reason to reject it.
-    """
-    height, width, seek, _ = checked
+    key: str
+    ext: str
+    data: bytes
+    checked: Checked
+
+
+def _entries(item: Item, data: bytes, checked: Checked, settings: ShardSettings) -> Iterator[_Entry]:
+    """An image as it is, or cut into sub-images. Raises ValueError with the reason to reject it."""
+    height, width = checked.height, checked.width
     if min(height, width) < settings.min_side_px:
         raise ValueError(f"{width}x{height} pixels: a side is below min_side_px={settings.min_side_px}")
     if settings.sub_image_px is None:
-        yield item.key, item.ext, data, height, width, seek
+        yield _Entry(item.key, item.ext, data, checked)
         return
     pixels = decode(data)
     for number, box in enumerate(boxes(height, width, settings.sub_image_px, settings.sub_image_step_px), 1):
         crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-        yield sub_key(item.key, number), "png", to_png(crop), box.height, box.width, b""
+        yield _Entry(sub_key(item.key, number), "png", to_png(crop), Checked(box.height, box.width, b"", 1))
 
 
 def _reject(item: Item, reason: str) -> Reject:
@@ -256,17 +260,26 @@ def _reject(item: Item, reason: str) -> Reject:
     return Reject(key=item.key, uri=printable(item.uri), reason=reason)
 
 
-def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:
+def _append(tar: tarfile.TarFile, entry: _Entry) -> Sample:
     """Add an image's bytes, and its seek points where it has some."""
-    offset = _add(tar, f"{key}.{ext}", data)
-    digest = hashlib.sha256(data).hexdigest()
+    checked, seek = entry.checked, entry.checked.seek
+    offset = _add(tar, f"{entry.key}.{entry.ext}", entry.data)
     sample = Sample(
-        key=key, ext=ext, offset=offset, size=len(data), height=height, width=width, sha256=digest, seek_size=len(seek)
+        key=entry.key,
+        ext=entry.ext,
+        offset=offset,
+        size=len(entry.data),
+        height=checked.height,
+        width=checked.width,
+        sha256=hashlib.sha256(entry.data).hexdigest(),
+        seek_size=len(seek),
+        seek_sha256=hashlib.sha256(seek).hexdigest() if seek else "",
+        by_pillow=checked.by_pillow,
     )
     if seek:
-        at = _add(tar, f"{key}.{_SEEK_EXT}", seek)
+        at = _add(tar, f"{entry.key}.{_SEEK_EXT}", seek)
         if at != sample.seek_offset:  # a long name has a longer header
-            return sample.model_copy(update={"seek_size": 0})
+            return sample.model_copy(update={"seek_size": 0, "seek_sha256": ""})
     return sample
 
 

@@ -57,9 +57,9 @@ class ShardReader:
             sweep(str(self._cache))
 
     def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
-        """The original bytes of sample `number`, and its seek points.
+        """The original bytes of sample `number`, and its seek points; none where these are not the sidecar's.
 
-        Raises DamageError where the bytes are not what the index promises; seek points have a checksum of their own.
+        Raises DamageError where the bytes are not what the index promises: no pixel depends on seek points.
         """
         sample = self._set.samples(shard)[number]
         descriptor = self._descriptor(shard)
@@ -73,7 +73,7 @@ class ShardReader:
             raise DamageError(
                 f"{self._set.tar_uri(shard)}: sample {sample.key} is not the one that was written; make the shard anew"
             )
-        return data, both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+        return data, _seek_points(both, sample)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Start to download shards that will be read soon, as far as the queue has room."""
@@ -196,6 +196,13 @@ def _extent(sample: Sample) -> tuple[int, int]:
     """(size, offset) of a sample's bytes and its seek points together."""
     end = sample.seek_offset + sample.seek_size if sample.seek_size else sample.offset + sample.size
     return end - sample.offset, sample.offset
+
+
+def _seek_points(both: bytes, sample: Sample) -> bytes:
+    """The seek points behind a sample's bytes, if they are those that the sidecar names; older ones name none."""
+    seek = both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+    is_sound = not sample.seek_sha256 or hashlib.sha256(seek).hexdigest() == sample.seek_sha256
+    return seek if is_sound else b""
 
 
 def _open_cached(path: Path) -> int | None:

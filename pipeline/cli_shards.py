@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from data_prep.image_files import MAX_PIXELS
 from pipeline.cli_registry import Address, Debug, console
 
 
@@ -20,6 +21,7 @@ def make(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Images per tar.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Decides which images share a tar, and their order in it.")] = 0,
     min_side_px: Annotated[int, typer.Option(min=1, help="Images with a shorter side are rejected.")] = 64,
+    max_pixels: Annotated[int, typer.Option(min=1, max=MAX_PIXELS, help="Images of more are rejected.")] = MAX_PIXELS,
     sub_image_px: Annotated[
         int | None, typer.Option(min=1, help="Cut images into PNG crops of this side, as DF2K's; else they stay as is.")
     ] = None,
@@ -45,6 +47,7 @@ def make(
             samples_per_shard=samples_per_shard,
             seed=seed,
             min_side_px=min_side_px,
+            max_pixels=max_pixels,
             drop_duplicates=drop_duplicates,
             sub_image_px=sub_image_px,
             sub_image_step_px=sub_image_step_px,
