@@ -77,6 +77,14 @@ class PassedOver:
         """Count a file that is no image."""
         self.endings[ending(path)] += 1
 
+    def add(self, other: "PassedOver") -> None:
+        """Count what another listing left out as well."""
+        self.num_clutter += other.num_clutter
+        self.clutter += other.clutter[: _NAMED - len(self.clutter)]
+        self.endings += other.endings
+        self.num_links += other.num_links
+        self.links += other.links[: _NAMED - len(self.links)]
+
     def describe(self) -> str:
         """One line; empty where nothing was passed over."""
         said = []

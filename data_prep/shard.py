@@ -9,6 +9,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.duplicates import find_duplicates
@@ -29,7 +30,8 @@ from data_prep.index import (
 )
 from data_prep.layouts import training_items
 from data_prep.plan import Plan, ShardPlan, plan_shards
-from data_prep.sources import Item, read_item
+from data_prep.read_ahead import read_ahead
+from data_prep.sources import Item
 from data_prep.storage import (
     StorageError,
     delete,
@@ -77,14 +79,13 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
     samples: list[Sample] = []
     rejects: list[Reject] = []
     num_of_several = 0
-    with writing(join(destination, f"{plan.name}.tar")) as file:
+    with writing(join(destination, f"{plan.name}.tar")) as file, ExitStack() as stack:
         out = _Hashing(file)
         with tarfile.open(fileobj=out, mode="w|", bufsize=2**20, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
-            for item in plan.items:
+            for item, data in stack.enter_context(closing(read_ahead(plan.items))):
                 if item.flaw:
                     rejects.append(_reject(item, item.flaw))
                     continue
-                data = read_item(item)
                 try:
                     checked = check(data, plan.settings.max_pixels)
                     entries = list(_entries(item, data, checked, plan.settings))

@@ -88,7 +88,7 @@ def test_resets_busy_answers_and_short_bodies_change_no_batch(shards, remote, s3
 @pytest.mark.integration
 def test_a_server_that_stays_away_stops_the_loader_with_its_name(remote, s3, tmp_path, monkeypatch):
     """Not taken for damage: nothing is skipped."""
-    monkeypatch.setattr("data_prep.s3._BODY_ATTEMPTS", 2)
+    monkeypatch.setattr("data_prep.s3._READ_ATTEMPTS", 2)
     settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path / "cache"), "on_damage": "skip"})
     loader = PairLoader(remote, settings, BATCH, BATCH, 0, 1, 0)
     with faulty_proxy(s3.endpoint, Faults(1.0)), pytest.raises(StorageError, match=f"{remote}/shard-") as caught:
