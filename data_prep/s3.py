@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import ssl
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -218,10 +219,23 @@ def _url(session: botocore.session.Session, **options: Any) -> str:
     return str(session.create_client("s3", config=config).meta.endpoint_url)
 
 
+_making = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A fork may happen while another thread holds it."""
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def client(bucket: str, attempts: int = ATTEMPTS) -> "S3Client":
     """A client for this process, a bucket and the present variables; kept for the next call."""
     anonymous, pays = _is_listed(bucket, ANONYMOUS), _is_listed(bucket, REQUESTER_PAYS)
-    return _client(attempts, anonymous, pays, os.getpid(), tuple(environment().items()))
+    with _making:  # else each of sixteen threads that begin together would make its own, which takes half a second
+        return _client(attempts, anonymous, pays, os.getpid(), tuple(environment().items()))
 
 
 @functools.lru_cache(maxsize=16)
