@@ -6,6 +6,7 @@ The index is small and published last: where it is, the set is complete. The sid
 import functools
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from data_prep.uri import printable
 
 INDEX_NAME = "index.json"
 LEFT_OUT_NAME = "left-out.jsonl"
+_EARLIER = re.compile(r"(^|/)(index-\d{6}\.json|left-out-\d{6}\.jsonl)$")
 _LISTED_REJECTS = 1000
 _CACHED_SIDECARS = 128  # more than the streams a worker reads at once; a sidecar of 512 samples takes 0.5 MB
 
@@ -101,7 +103,8 @@ class Reject(_Record):
 class ShardInfo(_Record):
     """A sidecar: the marker that its tar is complete, and what is in it. `plan` is the digest of what was asked.
 
-    `num_of_several` images were the first of several pictures in their files.
+    `num_of_several` images were the first of several pictures in their files. `marks` are those of its images (see
+    `plan.mark`), by key.
     """
 
     name: str
@@ -112,10 +115,14 @@ class ShardInfo(_Record):
     samples: tuple[Sample, ...]
     rejects: tuple[Reject, ...]
     num_of_several: int = Field(0, exclude_if=_is_empty)  # as it was before where there is none
+    marks: str = Field("", exclude_if=_is_empty)
 
 
 class Shard(_Record):
-    """A shard's line in the index; `min_side_px` is the shortest side of any of its images."""
+    """A shard's line in the index; `min_side_px` is the shortest side of any of its images.
+
+    `removed` samples of the sidecar, by number, no longer belong to the set, nor to `count` (see `grow`).
+    """
 
     name: str
     count: int
@@ -123,6 +130,7 @@ class Shard(_Record):
     sha256: str
     sidecar_sha256: str
     min_side_px: int
+    removed: tuple[int, ...] = Field((), exclude_if=_is_empty)
 
 
 class Summary(_Record):
@@ -139,7 +147,8 @@ class ShardIndex(_Record):
 
     `num_images` counts the source's images, of which `num_rejects` were rejected and `num_duplicates` dropped. The
     first of the rejects are here, all of them and the duplicates in `left-out.jsonl`, whose hash is
-    `left_out_sha256`: millions of images have many.
+    `left_out_sha256`: millions of images have many. A set that grew says how often, and which number its next new shard
+    would have.
     """
 
     format: Literal[2] = 2
@@ -155,6 +164,8 @@ class ShardIndex(_Record):
     shards: tuple[Shard, ...]
     rejects: tuple[Reject, ...]
     num_of_several: int = Field(0, exclude_if=_is_empty)
+    generation: int = Field(0, exclude_if=_is_empty)
+    next_shard: int = Field(0, exclude_if=_is_empty)
 
 
 class ShardSet:
@@ -181,7 +192,8 @@ class ShardSet:
     @property
     def digest(self) -> str:
         """sha256 of the content alone: wherever and whenever equal shards are made, it is equal."""
-        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        told = (f"{shard.sha256} without {shard.removed}" if shard.removed else shard.sha256 for shard in self.shards)
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def tar_uri(self, shard: int) -> str:
         """Where the shard's tar lies."""
@@ -194,12 +206,28 @@ class ShardSet:
         data = read_bytes(uri)
         if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
             raise DamageError(f"{uri}: it is not the sidecar that {INDEX_NAME} names; make the shards anew")
-        return ShardInfo.model_validate_json(data).samples
+        samples, removed = ShardInfo.model_validate_json(data).samples, set(entry.removed)
+        return tuple(sample for number, sample in enumerate(samples) if number not in removed) if removed else samples
+
+
+def earlier(name: str, generation: int) -> str:
+    """What a file of a set is called once the set has grown."""
+    stem, _, ext = name.rpartition(".")
+    return f"{stem}-{generation:06d}.{ext}"
+
+
+def is_earlier(path: str) -> bool:
+    """Whether a path or URI is that of a set's file of before it grew."""
+    return _EARLIER.search(path) is not None
 
 
 def read_shard_set(uri: str) -> ShardSet:
-    """The set of shards at `uri`. Raises StorageError where there is none, or another program's."""
-    index_uri = join(uri, INDEX_NAME)
+    """The set of shards at `uri`, or of an index of before it grew: `uri`/index-000000.json.
+
+    Raises StorageError where there is none, or another program's.
+    """
+    index_uri = uri if is_earlier(uri) else join(uri, INDEX_NAME)
+    uri = _EARLIER.sub("", uri)
     if not exists(index_uri):
         raise StorageError(f"{index_uri}: there is no complete set of shards; make it with `hatchery shards make`")
     try:
@@ -217,6 +245,8 @@ def publish_index(
     settings: ShardSettings,
     summaries: Iterable[Summary],
     duplicates: Mapping[str, str] | None = None,
+    generation: int = 0,
+    next_shard: int = 0,
 ) -> ShardSet:
     """Write `left-out.jsonl` and, last, `index.json` over finished shards, whose summaries are consumed in order.
 
@@ -258,6 +288,8 @@ def publish_index(
         shards=tuple(shards),
         rejects=tuple(rejects),
         num_of_several=num_of_several,
+        generation=generation,
+        next_shard=next_shard,
     )
     write_bytes(join(uri, INDEX_NAME), to_json(index))
     return ShardSet(uri, index)

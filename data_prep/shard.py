@@ -10,13 +10,14 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.duplicates import find_duplicates
+from data_prep.grow import Growth, delete_indexes
 from data_prep.image import Checked, check, decode
 from data_prep.image_files import PassedOver
 from data_prep.index import (
-    INDEX_NAME,
     Reject,
     Sample,
     ShardInfo,
@@ -29,7 +30,7 @@ from data_prep.index import (
     to_json,
 )
 from data_prep.layouts import training_items
-from data_prep.plan import Plan, ShardPlan, plan_shards
+from data_prep.plan import Plan, ShardPlan, mark, plan_shards
 from data_prep.read_ahead import read_ahead
 from data_prep.sources import Item
 from data_prep.storage import (
@@ -103,6 +104,7 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
         samples=tuple(samples),
         rejects=tuple(rejects),
         num_of_several=num_of_several,
+        marks="".join(mark(item) for item in sorted(plan.items, key=lambda item: item.key)),
     )
     if not samples:
         delete(join(destination, f"{plan.name}.tar"))
@@ -118,12 +120,15 @@ def make_shards(
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    grow: bool = False,
 ) -> ShardSet:
     """Make or complete the shards of a source at `destination`; Ray must be initialised.
 
-    A complete set made from the same source and settings is returned as it is. `progress` is called with the number
-    of finished shards and of all, `say` with lines about what is passed over. Raises ValueError where the source
-    holds no images, images in two resolutions, or too many are rejected, StorageError where the storage fails.
+    A complete set made from the same source and settings is returned as it is. `grow`: one that was made with these
+    settings from some of the source's images is kept, and grows (see `grow`); else it is made anew. `progress` is
+    called with the number of finished shards and of all, `say` with lines about what is passed over, and how the set
+    grows. Raises ValueError where the source holds no images, images in two resolutions, or too many are rejected,
+    StorageError where the storage fails.
     """
     passed_over = PassedOver()
     with Plan(training_items(source, include, exclude, passed_over), settings) as plan:
@@ -131,19 +136,51 @@ def make_shards(
             say(f"{source}: {said}")
         if (finished := _finished(destination, plan.fingerprint, settings)) is not None:
             return finished
-        delete(join(destination, INDEX_NAME))  # from here on the old index is no longer true
+        growth = _growth(destination, plan, say) if grow else None
+        if growth is None:
+            delete_indexes(destination)  # from here on they are no longer true
         sweep(destination)
         duplicates = _duplicates(plan, destination) if settings.drop_duplicates else {}
-        num_images = plan.num_items - len(duplicates)
+        if growth is None:
+            num_images, shards = plan.num_items - len(duplicates), plan.shards(duplicates)
+        else:
+            duplicates = growth.staying(duplicates)
+            num_images, shards = growth.num_new(duplicates), growth.new_shards(duplicates)
+            if say:
+                say(f"{destination} grows: {num_images} new images, {growth.num_gone} no longer listed")
         total = -(-num_images // settings.samples_per_shard)
         sizes = {info.path: info.size for info in list_files(destination)}
-        calls = ((shard, destination, sizes.get(f"{shard.name}.tar")) for shard in plan.shards(duplicates))
-        summaries = in_order(complete_shard, _normalised(calls))
-        made = _checked(source, _reported(summaries, total, progress), settings, destination, num_images)
-        published = publish_index(destination, source, plan.fingerprint, settings, made, duplicates)
+        calls = ((shard, destination, sizes.get(f"{shard.name}.tar")) for shard in shards)
+        summaries = _reported(in_order(complete_shard, _normalised(calls)), total, progress)
+        if growth is not None:
+            summaries = chain(growth.old_summaries(), summaries)
+        first = growth.first if growth else 0
+        made = _checked(source, summaries, settings, destination, plan.num_items - len(duplicates), first)
+        if growth is not None:
+            made = iter(list(made))  # all new shards are there before the index of before is put aside
+            growth.keep_index()
+        again = {"generation": growth.generation, "next_shard": first + total} if growth else {}
+        published = publish_index(destination, source, plan.fingerprint, settings, made, duplicates, **again)
         if say and (number := published.index.num_of_several):
             say(f"{source}: {number} files hold several pictures; the first of each was taken")
         return published
+
+
+def _growth(destination: str, plan: Plan, say: Callable[[str], None] | None) -> Growth | None:
+    """How the finished set at the destination can grow to the plan's images; None where it has to be made anew."""
+    try:
+        before = read_shard_set(destination)
+    except StorageError:
+        return None
+    why = "it was made with other settings"
+    if before.index.settings.content() == plan.settings.content():
+        growth = Growth(before, plan)
+        if growth.is_possible:
+            return growth
+        why = "it holds none of these images, or was made before sets could grow"
+    if say:
+        say(f"{destination}: {why}; it is made anew")
+    return None
 
 
 def complete_shard(plan: ShardPlan, destination: str, tar_bytes: int | None) -> Summary:
@@ -203,9 +240,12 @@ def _finished(destination: str, fingerprint: str, settings: ShardSettings) -> Sh
 
 
 def _checked(
-    source: str, summaries: Iterator[Summary], settings: ShardSettings, destination: str, num_images: int
+    source: str, summaries: Iterator[Summary], settings: ShardSettings, destination: str, num_images: int, first: int
 ) -> Iterator[Summary]:
-    """The summaries; ValueError as soon as too many of num_images are rejected. At the end stale shards go."""
+    """The summaries; ValueError as soon as too many of num_images are rejected.
+
+    At the end stale shards go, from number `first` on: those before it belong to an index of before.
+    """
     names, rejects, num_rejects, seen = set(), list[Reject](), 0, 0
     for summary in summaries:
         seen += summary.num_images
@@ -221,14 +261,14 @@ def _checked(
         if summary.shard:
             names.add(summary.shard.name)
         yield summary
-    _delete_stale(destination, names)
+    _delete_stale(destination, names, f"shard-{first:06d}")
 
 
-def _delete_stale(destination: str, names: set[str]) -> None:
+def _delete_stale(destination: str, names: set[str], first: str) -> None:
     """Delete shards of an earlier plan, which a reader of `*.tar` would take for part of the set."""
     for info in list_files(destination):
         name, _, ext = info.path.rpartition(".")
-        if name.startswith("shard-") and ext in ("tar", "json") and name not in names:
+        if name.startswith("shard-") and ext in ("tar", "json") and name not in names and name >= first:
             delete(info.uri)
     delete(join(destination, _DUPLICATES_NAME))
 

@@ -30,10 +30,14 @@ def make(
     max_reject_share: Annotated[float, typer.Option(min=0, max=1, help="More rejects are an error.")] = 0.01,
     include: Annotated[list[str] | None, typer.Option(help="Glob on the path or file name; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob of images left out; repeatable.")] = None,
+    grow: Annotated[
+        bool,
+        typer.Option("--grow/--anew", help="Of a finished set keep the shards and add new images, or make it anew."),
+    ] = True,
     address: Address = None,
     debug: Debug = False,
 ) -> None:
-    """Make the shards of a source, or complete those of a stopped run; a finished set is left as it is."""
+    """Make the shards of a source, or complete those of a stopped run; a finished set grows by what is new."""
     from pydantic import ValidationError
 
     from data_prep import storage
@@ -66,6 +70,7 @@ def make(
             exclude=exclude or [],
             progress=lambda done, total: display.update(done, total, "shards"),
             say=lambda text: display.say(f"      {text}"),
+            grow=grow,
         ).index
         display.end_stage(
             f"{made.num_samples} samples in {len(made.shards)} shards, {made.num_rejects} rejects, "
