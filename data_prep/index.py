@@ -62,12 +62,17 @@ class ShardSettings(_Record):
     max_reject_share: float = Field(0.01, ge=0, le=1, description="more rejects than this share is an error")
 
 
+def seek_hash(seek: bytes) -> str:
+    """What a sidecar holds of a sample's seek points: 16 hexadecimal digits of their sha256; nothing of none."""
+    return hashlib.sha256(seek).hexdigest()[:16] if seek else ""
+
+
 class Sample(_Record):
     """One image in a tar: `size` bytes at `offset`, decoding to `height` x `width` pixels.
 
-    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none, and
-    where their hash `seek_sha256` is missing, as in older sidecars, their own checksum alone is asked. `by_pillow`: the
-    region decoder gave other pixels than Pillow, and is not asked.
+    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none. Where
+    their `seek_hash` is missing, as in older sidecars, their own checksum alone is asked. `by_pillow`: the region
+    decoder gave other pixels than Pillow, and is not asked.
     """
 
     key: str
@@ -78,7 +83,7 @@ class Sample(_Record):
     width: int
     sha256: str
     seek_size: int = 0
-    seek_sha256: str = Field("", exclude_if=_is_empty)
+    seek_hash: str = Field("", exclude_if=_is_empty)
     by_pillow: bool = Field(False, exclude_if=_is_empty)
 
     @property

@@ -26,6 +26,7 @@ from data_prep.index import (
     Summary,
     publish_index,
     read_shard_set,
+    seek_hash,
     summarise,
     to_json,
 )
@@ -314,13 +315,13 @@ def _append(tar: tarfile.TarFile, entry: _Entry) -> Sample:
         width=checked.width,
         sha256=hashlib.sha256(entry.data).hexdigest(),
         seek_size=len(seek),
-        seek_sha256=hashlib.sha256(seek).hexdigest() if seek else "",
+        seek_hash=seek_hash(seek),
         by_pillow=checked.by_pillow,
     )
     if seek:
         at = _add(tar, f"{entry.key}.{_SEEK_EXT}", seek)
         if at != sample.seek_offset:  # a long name has a longer header
-            return sample.model_copy(update={"seek_size": 0, "seek_sha256": ""})
+            return sample.model_copy(update={"seek_size": 0, "seek_hash": ""})
     return sample
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.index import Sample, ShardSet
+from data_prep.index import Sample, ShardSet, seek_hash
 from data_prep.storage import DamageError, StorageError, download, is_local, read_range, sha256_of, sweep
 
 _OPEN_FILES = 128
@@ -201,8 +201,7 @@ def _extent(sample: Sample) -> tuple[int, int]:
 def _seek_points(both: bytes, sample: Sample) -> bytes:
     """The seek points behind a sample's bytes, if they are those that the sidecar names; older ones name none."""
     seek = both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
-    is_sound = not sample.seek_sha256 or hashlib.sha256(seek).hexdigest() == sample.seek_sha256
-    return seek if is_sound else b""
+    return seek if not sample.seek_hash or seek_hash(seek) == sample.seek_hash else b""
 
 
 def _open_cached(path: Path) -> int | None:

@@ -16,8 +16,10 @@ import webdataset
 from PIL import Image
 
 from data_prep import storage
+from data_prep.grow import Growth
 from data_prep.image import decode
 from data_prep.index import ShardInfo, ShardSet, publish_index, read_shard_set, summarise, to_json
+from data_prep.plan import Plan
 from data_prep.shard import ShardSettings, complete_shard, make_shards, plan_shards, write_shard
 from data_prep.shard_cache import ShardReader
 from data_prep.sources import Item, list_items, read_item
@@ -367,3 +369,26 @@ def test_a_set_without_marks_is_made_anew(made, source, tmp_path, ray_local):
     again = make_shards(source, uri, SETTINGS, grow=True, say=said.append)
     assert said == [f"{uri}: it holds none of these images, or was made before sets could grow; it is made anew"]
     assert (again.digest, again.index.generation) == (made.digest, 0)
+
+
+def test_of_a_grown_set_of_sub_images_all_pieces_of_an_image_go_or_stay(tmp_path):
+    settings = ShardSettings(samples_per_shard=3, sub_image_px=64, sub_image_step_px=48)
+    uri, folder = str(tmp_path / "set"), tmp_path / "source"
+    for number in range(5):
+        storage.write_bytes(str(folder / f"{number}.png"), encoded(photograph(seed=number), "PNG"))
+    plans = plan_shards(list_items(str(folder)), settings)
+    before = publish_index(uri, "x", "0", settings, [summarise(write_shard(plan, uri)) for plan in plans])
+    (folder / "2.png").unlink()
+    storage.write_bytes(str(folder / "new.png"), encoded(photograph(seed=9), "PNG"))
+    with Plan(list_items(str(folder)), settings) as plan:
+        growth = Growth(before, plan)
+        (added,) = growth.new_shards({})
+        summaries = [*growth.old_summaries(), summarise(write_shard(added, uri))]
+    assert (added.name, [item.path for item in added.items]) == ("shard-000002", ["new.png"])
+    grown = publish_index(uri, "x", "1", settings, summaries, generation=1, next_shard=3)
+    pieces = len(before.samples(0)) // 3
+    keys = [sample.key for shard in range(3) for sample in grown.samples(shard)]
+    assert len(keys) == len(set(keys)) == grown.num_samples == 5 * pieces
+    assert {key.partition("%2E")[0] for key in keys} == {"0", "1", "3", "4", "new"}
+    assert grown.index.num_images == 5
+    assert sum(len(shard.removed) for shard in grown.shards) == pieces
