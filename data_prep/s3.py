@@ -66,9 +66,9 @@ _NOT_SET_UP = (
     TokenRetrievalError,
 )
 _ANSWER_S = 22.0  # of silence, after which a request is given up: times ATTEMPTS is what a person waits for
-_READ_ATTEMPTS = 7  # of a read, which botocore would not repeat once its body has begun; with waits of 25 s in all
+_READ_ATTEMPTS = 7  # of a read, which botocore would not repeat once its body has begun; with waits of 13 s in all
 _READ_S = 120.0  # after which a read is not tried again
-_PATIENT_READ_S = 300.0
+_PATIENT_READ_ATTEMPTS, _PATIENT_READ_S = 12, 300.0  # with waits of 77 s in all
 _DOWNLOAD_BYTES, _DOWNLOADS = 8 * 2**20, 8  # parts of a download, and how many of them at once
 _CONDITIONAL_ATTEMPTS = 5
 _MULTIPART_BYTES = 64 * 2**20
@@ -302,19 +302,21 @@ def read(uri: str, offset: int = 0, size: int | None = None, attempts: int = ATT
             raise StorageError(f"{uri}: {_CHANGED}")
         return answer["Body"].read()
 
-    return _again(body, _READ_S if attempts <= ATTEMPTS else _PATIENT_READ_S)
+    if attempts <= ATTEMPTS:
+        return _again(body, _READ_ATTEMPTS, _READ_S)
+    return _again(body, _PATIENT_READ_ATTEMPTS, _PATIENT_READ_S)
 
 
-def _again(call: Callable[[], T], until_s: float) -> T:
+def _again(call: Callable[[], T], attempts: int, until_s: float) -> T:
     """Repeat a call of one request while its error may pass, waiting longer each time: the only layer that does."""
     begin = time.monotonic()
-    for attempt in range(_READ_ATTEMPTS):
+    for attempt in range(attempts):
         try:
             return call()
         except (BotoCoreError, Boto3Error, ClientError) as error:
-            wait_s = 0.2 * 2**attempt * random.uniform(0.75, 1.25)  # readers must not come back all at once
+            wait_s = min(0.2 * 2**attempt, 13.0) * random.uniform(0.75, 1.25)  # readers must not come back all at once
             late = time.monotonic() + wait_s - begin > until_s
-            if attempt == _READ_ATTEMPTS - 1 or late or not may_pass(error):
+            if attempt == attempts - 1 or late or not may_pass(error):
                 raise
             time.sleep(wait_s)
     raise AssertionError("unreachable")

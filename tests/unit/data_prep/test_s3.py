@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -504,3 +505,16 @@ def test_a_source_is_listed_once_in_a_command(reached: LiteralS3) -> None:
     assert set(said) == {"passed over: 1 of the system's or a program's own (._a.bmp); 1 with other endings (.txt 1)"}
     sources.list_items(source)
     assert count(reached, "GET list-type") == 2
+
+
+def test_who_cannot_begin_anew_waits_for_a_server_that_is_away_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    waits: list[float] = []
+    monkeypatch.setattr(s3.time, "sleep", waits.append)
+    for attempts, least, most in ((s3.ATTEMPTS, 9, 20), (s3.PATIENT_ATTEMPTS, 60, 120)):
+        waits.clear()
+        with pytest.raises(EndpointConnectionError):
+            s3.read("s3://bucket/x", attempts=attempts)
+        assert least < sum(waits) < most
