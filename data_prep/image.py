@@ -7,6 +7,7 @@ are taken as stored, as the benchmarks' tools do. The content decides how a file
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data_prep import jpeg, jpeg_header, jpeg_markers, jpeg_scans
-from data_prep.image_files import FORMATS
+from data_prep.image_files import FORMATS, MAX_PIXELS
+from data_prep.jpeg_header import JpegHeader
 from data_prep.png_chunks import without_text
 
-MAX_PIXELS = 178_956_970
-"""Of an image that trains or judges, whatever its format: Pillow's own limit. A small file may hold many more."""
-
+_COMPARED_PX = 128  # side of the region that both decoders give when a file is checked
+_STRIP_PX = 2**22  # pixels that are converted at once: a whole large image would be held three times
+_ADDRESS = re.compile(r" (?:object )?at 0x[0-9a-f]+")  # of a Python object: another one in every process
 _DAMAGED = "cannot be decoded: the compressed data is damaged or cut off"
 _BROKEN = (
     *(OSError, SyntaxError, ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError),
@@ -42,32 +44,37 @@ class Box(NamedTuple):
 class Checked(NamedTuple):
     """What is known of an image that decodes to its end; most kinds of files have no seek points.
 
-    `num_pictures` are those of the file, of which the first is taken.
+    `num_pictures` are those of the file, of which the first is taken. `by_pillow`: of this JPEG the region decoder gave
+    other pixels than Pillow, so that it must never be asked for them.
     """
 
     height: int
     width: int
     seek: bytes
     num_pictures: int
+    by_pillow: bool = False
 
 
 class Picture:
     """An image of which single regions can be had: from a file's bytes, or from pixels (H, W, 3) uint8.
 
     From a JPEG file a region costs less than the whole and has the same pixels; still less with the file's `seek`
-    points. Raises ValueError, also later from `region`, where the file is broken.
+    points. `by_pillow` files are decoded by Pillow alone. Raises ValueError, also later from `region`, where the file
+    is broken.
     """
 
-    def __init__(self, source: bytes | np.ndarray, seek: bytes = b"") -> None:
+    def __init__(self, source: bytes | np.ndarray, seek: bytes = b"", by_pillow: bool = False) -> None:
         self._seek = seek
         self._data = source if isinstance(source, bytes) else b""
-        self._header = jpeg_header.parse(source) if isinstance(source, bytes) else None
-        self._whole: np.ndarray | None = None
-        if self._header:
+        self._header = jpeg_header.parse(source) if isinstance(source, bytes) and not by_pillow else None
+        self._whole: np.ndarray | Image.Image | None = None
+        if isinstance(source, np.ndarray):
+            self._whole, self.size = source, (source.shape[0], source.shape[1])
+        elif self._header:
             self.size = (self._header.height, self._header.width)
         else:
-            self._whole = decode(source) if isinstance(source, bytes) else source
-            self.size = (self._whole.shape[0], self._whole.shape[1])
+            self._whole = _loaded(source)
+            self.size = (self._whole.height, self._whole.width)
 
     def region(self, box: Box) -> np.ndarray:
         """The pixels of a box inside the image as (3, h, w) uint8."""
@@ -75,35 +82,55 @@ class Picture:
             pixels = jpeg.region(self._data, self._header, *box, self._seek)
             if pixels is not None:
                 return pixels
-            self._whole = decode(self._data)
+            self._whole = _loaded(self._data)
         assert self._whole is not None
-        whole = self._whole[box.top : box.top + box.height, box.left : box.left + box.width]
-        return np.ascontiguousarray(whole.transpose(2, 0, 1))
+        if isinstance(self._whole, np.ndarray):
+            part = self._whole[box.top : box.top + box.height, box.left : box.left + box.width]
+        else:
+            part = _rgb(self._whole, box)
+        return np.ascontiguousarray(part.transpose(2, 0, 1))
 
 
 def decode(data: bytes) -> np.ndarray:
     """The whole image as (height, width, 3) uint8 RGB. Raises ValueError with the reason where it is broken."""
     with _opened(_ended(data)) as image:
-        if image.mode.startswith("I"):
-            return np.repeat(_eight_bits(np.asarray(image))[:, :, None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
+        height, width = image.height, image.width
+        rows = max(1, _STRIP_PX // width)
+        if rows >= height:
+            return _rgb(image, Box(0, 0, height, width))
+        pixels = np.empty((height, width, 3), np.uint8)
+        for top in range(0, height, rows):
+            strip = Box(top, 0, min(rows, height - top), width)
+            pixels[top : top + strip.height] = _rgb(image, strip)
+        return pixels
 
 
-def check(data: bytes) -> Checked:
+def check(data: bytes, max_pixels: int = MAX_PIXELS) -> Checked:
     """What is known of an image that decodes to its end. Raises ValueError with the reason where it does not.
 
     A JPEG's compressed data is parsed to its last block: see `whole`. Files of other formats have checksums or an end
-    that Pillow checks.
+    that Pillow checks. A region of a JPEG, at a place that follows from its bytes, is compared with Pillow's pixels.
     """
-    with _opened(data) as image:
+    with _opened(data, max_pixels) as image:
         height, width, num_pictures = image.height, image.width, _num_pictures(image)
-    is_whole, seek = _soundness(data)
+    header = jpeg_header.parse(data)
+    is_whole, seek = _soundness(data, header)
     if is_whole is False:
         raise ValueError(_DAMAGED)
-    if seek is None:
-        with _opened(_ended(data)) as image:
-            image.load()
-    return Checked(height, width, seek or b"", num_pictures)
+    with _opened(_ended(data), max_pixels) as image:
+        _rgb(image, Box(0, 0, 1, 1))  # decodes all of it, and knows what its colours mean
+        by_pillow = header is not None and seek is not None and not _agree(image, data, header, seek)
+    return Checked(height, width, b"" if by_pillow else seek or b"", num_pictures, by_pillow)
+
+
+def _agree(image: Image.Image, data: bytes, header: JpegHeader, seek: bytes) -> bool:
+    """Whether the region decoder sees the image that Pillow sees; what it leaves to Pillow is equal."""
+    if (header.height, header.width) != (image.height, image.width):
+        return False
+    height, width, place = min(header.height, _COMPARED_PX), min(header.width, _COMPARED_PX), zlib.crc32(data)
+    top, left = place % (header.height - height + 1), (place >> 16) % (header.width - width + 1)
+    pixels = jpeg.region(data, header, top, left, height, width, seek)
+    return pixels is None or np.array_equal(pixels.transpose(1, 2, 0), _rgb(image, Box(top, left, height, width)))
 
 
 def whole(data: bytes) -> bytes:
@@ -114,42 +141,61 @@ def whole(data: bytes) -> bytes:
     may pass. Where all blocks are there and only the end marker is missing, it is added. The rare others (arithmetic
     coding, lossless) and other formats are for their decoder to judge.
     """
-    if _soundness(data)[0] is False:
+    if _soundness(data, jpeg_header.parse(data))[0] is False:
         raise ValueError(_DAMAGED)
     return _ended(data)
 
 
-def _soundness(data: bytes) -> tuple[bool | None, bytes | None]:
+def _soundness(data: bytes, header: JpegHeader | None) -> tuple[bool | None, bytes | None]:
     """(whether a JPEG's compressed data is whole, None where it cannot be told; seek points where regions decode)."""
-    header = jpeg_header.parse(data)
     seek = jpeg.seek_points(data, header) if header else None
     return (jpeg_scans.is_whole(data) if seek is None else True), seek
 
 
 def _ended(data: bytes) -> bytes:
     """The file with an end marker where it is a whole JPEG that lacks one."""
-    if jpeg_markers.lacks_end(data) and _soundness(data)[0]:
+    if jpeg_markers.lacks_end(data) and _soundness(data, jpeg_header.parse(data))[0]:
         return data + jpeg_markers.END
     return data
 
 
+def _loaded(data: bytes) -> Image.Image:
+    """The decoded image, of which regions become RGB when they are asked for."""
+    with _opened(_ended(data)) as image:
+        image.load()
+        return image
+
+
+def _rgb(image: Image.Image, box: Box) -> np.ndarray:
+    """A box of an image as (h, w, 3) uint8 RGB."""
+    part = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+    if part.mode.startswith("I"):
+        return np.repeat(_eight_bits(np.asarray(part))[:, :, None], 3, axis=2)
+    return np.asarray(part.convert("RGB"))
+
+
 @contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def _opened(data: bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """The first picture of a file, by the parsers of FORMATS alone; ValueError for whatever is wrong with it."""
     try:
         with Image.open(io.BytesIO(without_text(data)), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             if image.mode == "F":
                 raise ValueError("float pixels have no fixed range; convert the file to 8 or 16 bits")
             yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"has more pixels than max_pixels={MAX_PIXELS}: cut it into parts") from error
-    except UnidentifiedImageError as error:  # its own words name an object in memory
+        raise ValueError(f"has more pixels than max_pixels={max_pixels}: cut it into parts") from error
+    except UnidentifiedImageError as error:
         known = ", ".join(FORMATS)
         raise ValueError(f"cannot be decoded: it is none of {known}, or its header is damaged") from error
     except _BROKEN as error:
-        raise ValueError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise ValueError(f"cannot be decoded: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line that is the same on every machine."""
+    return _ADDRESS.sub("", " ".join(str(error).split())) or type(error).__name__
 
 
 def _num_pictures(image: Image.Image) -> int:

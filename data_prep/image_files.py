@@ -13,6 +13,8 @@ from data_prep.uri import printable
 EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "tif", "tiff", "jfif", "jpe", "jif", "jfi", "mpo", "apng")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 """Pillow's names of the formats that are read; no other parser is ever asked. `model.picture` has the same."""
+MAX_PIXELS = 178_956_970
+"""Of an image that trains or judges, whatever its format: Pillow's own limit. A small file may hold many more."""
 
 _CLUTTER = frozenset(
     (
@@ -74,6 +76,14 @@ class PassedOver:
     def other(self, path: str) -> None:
         """Count a file that is no image."""
         self.endings[ending(path)] += 1
+
+    def add(self, other: "PassedOver") -> None:
+        """Count what another listing left out as well."""
+        self.num_clutter += other.num_clutter
+        self.clutter += other.clutter[: _NAMED - len(self.clutter)]
+        self.endings += other.endings
+        self.num_links += other.num_links
+        self.links += other.links[: _NAMED - len(self.links)]
 
     def describe(self) -> str:
         """One line; empty where nothing was passed over."""

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import tempfile
 from array import array
@@ -15,17 +16,19 @@ from typing import Any, Literal, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_prep.image_files import MAX_PIXELS
 from data_prep.storage import DamageError, StorageError, exists, join, normalise, read_bytes, write_bytes, writing
 from data_prep.uri import printable
 
 INDEX_NAME = "index.json"
 LEFT_OUT_NAME = "left-out.jsonl"
+_EARLIER = re.compile(r"(^|/)(index-\d{6}\.json|left-out-\d{6}\.jsonl)$")
 _LISTED_REJECTS = 1000
 _CACHED_SIDECARS = 128  # more than the streams that one reader of all reads at once
 
 
-def _is_none(number: int) -> bool:
-    return number == 0
+def _is_empty(value: object) -> bool:
+    return not value
 
 
 class _Record(BaseModel):
@@ -45,12 +48,14 @@ class ShardSettings(_Record):
         return self
 
     def content(self) -> dict[str, object]:
-        """What decides the shards' content."""
-        return self.model_dump(exclude={"max_reject_share"})
+        """What decides the shards' content; without `max_pixels` as it was before there was a choice."""
+        usual = {"max_pixels"} if self.max_pixels == MAX_PIXELS else set()
+        return self.model_dump(exclude={"max_reject_share"} | usual)
 
     samples_per_shard: int = Field(512, ge=1, description="images per tar, the last one may hold fewer")
     seed: int = Field(0, ge=0, description="decides which images share a shard, and their order in it")
     min_side_px: int = Field(64, ge=1, description="an image with a shorter side, in pixels, is rejected")
+    max_pixels: int = Field(MAX_PIXELS, ge=1, le=MAX_PIXELS, description="an image of more pixels is rejected")
     drop_duplicates: bool = Field(True, description="of files with the same bytes keep the one with the smallest key")
     sub_image_px: int | None = Field(
         None, ge=1, description="cut images into PNG crops of this side, in pixels; null keeps the files as they are"
@@ -59,10 +64,17 @@ class ShardSettings(_Record):
     max_reject_share: float = Field(0.01, ge=0, le=1, description="more rejects than this share is an error")
 
 
+def seek_hash(seek: bytes) -> str:
+    """What a sidecar holds of a sample's seek points: 16 hexadecimal digits of their sha256; nothing of none."""
+    return hashlib.sha256(seek).hexdigest()[:16] if seek else ""
+
+
 class Sample(_Record):
     """One image in a tar: `size` bytes at `offset`, decoding to `height` x `width` pixels.
 
-    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none.
+    `seek_size` bytes of seek points (see `jpeg`) are the tar's next member, `key`.seek; 0 where there are none. Where
+    their `seek_hash` is missing, as in older sidecars, their own checksum alone is asked. `by_pillow`: the region
+    decoder gave other pixels than Pillow, and is not asked.
     """
 
     key: str
@@ -73,6 +85,8 @@ class Sample(_Record):
     width: int
     sha256: str
     seek_size: int = 0
+    seek_hash: str = Field("", exclude_if=_is_empty)
+    by_pillow: bool = Field(False, exclude_if=_is_empty)
 
     @property
     def seek_offset(self) -> int:
@@ -141,7 +155,8 @@ class Reject(_Record):
 class ShardInfo(_Record):
     """A sidecar: the marker that its tar is complete, and what is in it. `plan` is the digest of what was asked.
 
-    `num_of_several` images were the first of several pictures in their files.
+    `num_of_several` images were the first of several pictures in their files. `marks` are those of its images (see
+    `plan.mark`), by key.
     """
 
     name: str
@@ -151,11 +166,15 @@ class ShardInfo(_Record):
     num_images: int
     samples: tuple[Sample, ...]
     rejects: tuple[Reject, ...]
-    num_of_several: int = Field(0, exclude_if=_is_none)  # as it was before where there is none
+    num_of_several: int = Field(0, exclude_if=_is_empty)  # as it was before where there is none
+    marks: str = Field("", exclude_if=_is_empty)
 
 
 class Shard(_Record):
-    """A shard's line in the index; `min_side_px` is the shortest side of any of its images."""
+    """A shard's line in the index; `min_side_px` is the shortest side of any of its images.
+
+    `removed` samples of the sidecar, by number, no longer belong to the set, nor to `count` (see `grow`).
+    """
 
     name: str
     count: int
@@ -163,6 +182,7 @@ class Shard(_Record):
     sha256: str
     sidecar_sha256: str
     min_side_px: int
+    removed: tuple[int, ...] = Field((), exclude_if=_is_empty)
 
 
 class Summary(_Record):
@@ -179,7 +199,8 @@ class ShardIndex(_Record):
 
     `num_images` counts the source's images, of which `num_rejects` were rejected and `num_duplicates` dropped. The
     first of the rejects are here, all of them and the duplicates in `left-out.jsonl`, whose hash is
-    `left_out_sha256`: millions of images have many.
+    `left_out_sha256`: millions of images have many. A set that grew says how often, and which number its next new shard
+    would have.
     """
 
     format: Literal[2] = 2
@@ -194,7 +215,9 @@ class ShardIndex(_Record):
     left_out_sha256: str
     shards: tuple[Shard, ...]
     rejects: tuple[Reject, ...]
-    num_of_several: int = Field(0, exclude_if=_is_none)
+    num_of_several: int = Field(0, exclude_if=_is_empty)
+    generation: int = Field(0, exclude_if=_is_empty)
+    next_shard: int = Field(0, exclude_if=_is_empty)
 
 
 class ShardSet:
@@ -225,7 +248,8 @@ class ShardSet:
     @property
     def digest(self) -> str:
         """sha256 of the content alone: wherever and whenever equal shards are made, it is equal."""
-        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        told = (f"{shard.sha256} without {shard.removed}" if shard.removed else shard.sha256 for shard in self.shards)
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def tar_uri(self, shard: int) -> str:
         """Where the shard's tar lies."""
@@ -238,12 +262,28 @@ class ShardSet:
         data = read_bytes(uri)
         if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
             raise DamageError(f"{uri}: it is not the sidecar that {INDEX_NAME} names; make the shards anew")
-        return Samples(ShardInfo.model_validate_json(data).samples)
+        samples, removed = ShardInfo.model_validate_json(data).samples, set(entry.removed)
+        return Samples([sample for number, sample in enumerate(samples) if number not in removed])
+
+
+def earlier(name: str, generation: int) -> str:
+    """What a file of a set is called once the set has grown."""
+    stem, _, ext = name.rpartition(".")
+    return f"{stem}-{generation:06d}.{ext}"
+
+
+def is_earlier(path: str) -> bool:
+    """Whether a path or URI is that of a set's file of before it grew."""
+    return _EARLIER.search(path) is not None
 
 
 def read_shard_set(uri: str) -> ShardSet:
-    """The set of shards at `uri`. Raises StorageError where there is none, or another program's."""
-    index_uri = join(uri, INDEX_NAME)
+    """The set of shards at `uri`, or of an index of before it grew: `uri`/index-000000.json.
+
+    Raises StorageError where there is none, or another program's.
+    """
+    index_uri = uri if is_earlier(uri) else join(uri, INDEX_NAME)
+    uri = _EARLIER.sub("", uri)
     if not exists(index_uri):
         raise StorageError(f"{index_uri}: there is no complete set of shards; make it with `hatchery shards make`")
     try:
@@ -261,6 +301,8 @@ def publish_index(
     settings: ShardSettings,
     summaries: Iterable[Summary],
     duplicates: Mapping[str, str] | None = None,
+    generation: int = 0,
+    next_shard: int = 0,
 ) -> ShardSet:
     """Write `left-out.jsonl` and, last, `index.json` over finished shards, whose summaries are consumed in order.
 
@@ -302,6 +344,8 @@ def publish_index(
         shards=tuple(shards),
         rejects=tuple(rejects),
         num_of_several=num_of_several,
+        generation=generation,
+        next_shard=next_shard,
     )
     write_bytes(join(uri, INDEX_NAME), to_json(index))
     return ShardSet(uri, index)

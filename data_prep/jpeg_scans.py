@@ -16,6 +16,7 @@ _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
 _STUFFED = re.compile(rb"\xff+\x00")
 _COUNTS = (1, 3, 4)  # of components: gray, colours, CMYK
 _LARGEST_PX = 2**30  # a damaged header may name more than any memory holds
+_NUM_TABLES = 4  # of each class, in libjpeg
 _STRAY_BYTES = 4
 
 
@@ -73,17 +74,19 @@ def _walk(data: bytes, file: _File) -> bool | None:
         if marker in FRAMES:
             if marker not in (SOF0, SOF1, SOF2) or data[start] != 8 or file.components:
                 return None
-            _read_frame(data, start, marker == SOF2, file)
+            _read_frame(data, start, stop, marker == SOF2, file)
         elif marker == DHT:
             _read_tables(data, start, stop, file)
         elif marker == DRI:
+            if stop - start != 2:
+                raise _UnsoundError
             file.restart_interval = int.from_bytes(data[start:stop])
         elif marker == SOS:
             _read_scan(data, start, stop, after.at, file)
     return None if not file.components else not file.bits_left.any()
 
 
-def _read_frame(data: bytes, start: int, progressive: bool, file: _File) -> None:
+def _read_frame(data: bytes, start: int, stop: int, progressive: bool, file: _File) -> None:
     height, width, count = (
         data[start + 1] << 8 | data[start + 2],
         data[start + 3] << 8 | data[start + 4],
@@ -91,7 +94,7 @@ def _read_frame(data: bytes, start: int, progressive: bool, file: _File) -> None
     )
     named = [data[start + 6 + 3 * number : start + 9 + 3 * number] for number in range(count)]
     sampling = [(entry[1] >> 4, entry[1] & 15) for entry in named]
-    if count not in _COUNTS or not 0 < height * width <= _LARGEST_PX:
+    if count not in _COUNTS or stop - start != 6 + 3 * count or not 0 < height * width <= _LARGEST_PX:
         raise _UnsoundError
     if not all(0 < h < 5 and 0 < v < 5 for h, v in sampling):
         raise _UnsoundError
@@ -102,6 +105,8 @@ def _read_frame(data: bytes, start: int, progressive: bool, file: _File) -> None
         own = -(-width * h // (8 * most_h)), -(-height * v // (8 * most_v))
         file.components[entry[0]] = _Component(number, h, v, *own, file.mcus[1] * h, blocks)
         blocks += file.mcus[0] * v * file.mcus[1] * h
+    if blocks > 8 * len(data):  # each has a bit and more
+        raise _UnsoundError
     file.known = np.zeros(blocks, np.uint64)
     file.bits_left = np.full((count, 64), -1)
 
@@ -109,6 +114,8 @@ def _read_frame(data: bytes, start: int, progressive: bool, file: _File) -> None
 def _read_tables(data: bytes, start: int, stop: int, file: _File) -> None:
     while start < stop:
         counts, symbol = data[start + 1 : start + 17], start + 17
+        if data[start] & ~0x10 >= _NUM_TABLES or symbol + sum(counts) > stop:
+            raise _UnsoundError
         table, code = np.zeros(1 << 16, np.uint16), 0
         for length, count in enumerate(counts, 1):
             for _ in range(count):
@@ -127,7 +134,7 @@ def _read_scan(data: bytes, start: int, stop: int, end: int, file: _File) -> Non
 
     selectors = [data[start + 1 + 2 * c : start + 3 + 2 * c] for c in range(data[start])]
     components = [file.components[selector[0]] for selector in selectors]
-    if not components:
+    if not components or stop - start != 4 + 2 * len(components):
         raise _UnsoundError
     first, last, high, low = data[stop - 3], data[stop - 2], data[stop - 1] >> 4, data[stop - 1] & 15
     if not file.progressive:

@@ -202,7 +202,7 @@ class _Images:
     def pair(self, crop: _Crop) -> tuple[str, Pair]:
         """The key and the pair of a crop."""
         key, picture = self._picture(crop)
-        with self._naming(key):
+        with self._naming(key, crop.place.shard):
             return key, make_pair(picture, key, crop.place.epoch, self._settings, crop.number)
 
     def holds(self, shard: int, number: int) -> bool:
@@ -234,14 +234,15 @@ class _Images:
         raise StorageError(f"{self._set.uri}: no sound sample is left; make the shards anew")
 
     def _read(self, shard: int, number: int) -> tuple[str, Picture]:
-        key = self._set.samples(shard)[number].key
+        sample = self._set.samples(shard)[number]
+        key = sample.key
         if (shard, number) in self._kept:
             self._kept.move_to_end((shard, number))
             return key, Picture(self._kept[shard, number])
         data, seek = self._reader.read(shard, number)
-        with self._naming(key):
+        with self._naming(key, shard):
             if not self._settings.cache_decoded_bytes and self._settings.crops_per_image == 1:
-                return key, Picture(data, seek)
+                return key, Picture(data, seek, sample.by_pillow)
             image = decode(data)
         if image.nbytes <= self._settings.cache_decoded_bytes:
             self._kept[shard, number] = image
@@ -251,14 +252,14 @@ class _Images:
         return key, Picture(image)
 
     @contextmanager
-    def _naming(self, key: str) -> Iterator[None]:
-        """Say which image cannot be decoded: one that was sharded before what is wrong with it was looked for."""
+    def _naming(self, key: str, shard: int) -> Iterator[None]:
+        """Say which image of which shard cannot be decoded: sharded before what is wrong with it was looked for."""
         try:
             yield
         except StorageError:
             raise
         except ValueError as error:
-            raise DamageError(f"{self._set.uri}: {key} {error}; make the shards anew") from error
+            raise DamageError(f"{self._set.tar_uri(shard)}: {key} {error}; make the shards anew") from error
 
 
 def _substitutes(shard_set: ShardSet, shard: int, number: int) -> Iterator[tuple[int, int]]:

@@ -115,9 +115,14 @@ def plan_shards(items: Sequence[Item], settings: ShardSettings) -> list[ShardPla
     return list(cut(ordered, settings))
 
 
-def cut(items: Iterable[Item], settings: ShardSettings) -> Iterator[ShardPlan]:
-    """Items in order to shards."""
-    number, batch = 0, list[Item]()
+def mark(item: Item) -> str:
+    """16 hexadecimal digits that tell an image, by key and version, from others of its set."""
+    return hashlib.sha256(describe(item)).hexdigest()[:16]
+
+
+def cut(items: Iterable[Item], settings: ShardSettings, first: int = 0) -> Iterator[ShardPlan]:
+    """Items in order to shards, of which the first has this number."""
+    number, batch = first, list[Item]()
     for item in items:
         batch.append(item)
         if len(batch) == settings.samples_per_shard:

@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import ssl
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -20,26 +21,22 @@ from urllib.parse import urlsplit
 import boto3
 import botocore
 import botocore.session
-from boto3.exceptions import Boto3Error, RetriesExceededError
+from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConfigParseError,
-    ConnectionClosedError,
     CredentialRetrievalError,
     EndpointConnectionError,
     HTTPClientError,
-    IncompleteReadError,
     InvalidConfigError,
     NoCredentialsError,
     NoRegionError,
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
-    ReadTimeoutError,
-    ResponseStreamingError,
     SSLError,
     SSOError,
     TokenRetrievalError,
@@ -57,13 +54,6 @@ REQUESTER_PAYS = "HATCHERY_S3_REQUESTER_PAYS"
 ATTEMPTS = 5
 PATIENT_ATTEMPTS = 12
 """For who cannot begin anew: with their waits, a server that is away for a minute is waited for."""
-_BROKEN_OFF = (
-    IncompleteReadError,
-    ResponseStreamingError,
-    ReadTimeoutError,
-    ConnectionClosedError,
-    RetriesExceededError,
-)
 _NOT_SET_UP = (
     NoCredentialsError,
     PartialCredentialsError,
@@ -75,7 +65,11 @@ _NOT_SET_UP = (
     SSOError,
     TokenRetrievalError,
 )
-_BODY_ATTEMPTS = 6  # with waits of 6 s in all
+_ANSWER_S = 22.0  # of silence, after which a request is given up: times ATTEMPTS is what a person waits for
+_READ_ATTEMPTS = 7  # of a read, which botocore would not repeat once its body has begun; with waits of 13 s in all
+_READ_S = 120.0  # after which a read is not tried again
+_PATIENT_READ_ATTEMPTS, _PATIENT_READ_S = 12, 300.0  # with waits of 77 s in all
+_DOWNLOAD_BYTES, _DOWNLOADS = 8 * 2**20, 8  # parts of a download, and how many of them at once
 _CONDITIONAL_ATTEMPTS = 5
 _MULTIPART_BYTES = 64 * 2**20
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -86,7 +80,10 @@ _DENIED = (
     f"access is denied; {_CREDENTIALS} and the bucket's policy, or name a public bucket in storage.s3.anonymous "
     f"({ANONYMOUS}) and one that bills its readers in storage.s3.requester_pays ({REQUESTER_PAYS})"
 )
+_CHANGED = "it has changed since it was listed; run the command again"
 _BY_CODE = {
+    "PreconditionFailed": _CHANGED,
+    "412": _CHANGED,
     "NoSuchKey": "there is no such object",
     "InvalidRange": "it ends before the bytes that were asked for; it is truncated, make it anew",
     "NoSuchBucket": "the bucket does not exist; create it or correct the URI",
@@ -222,10 +219,23 @@ def _url(session: botocore.session.Session, **options: Any) -> str:
     return str(session.create_client("s3", config=config).meta.endpoint_url)
 
 
+_making = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A fork may happen while another thread holds it."""
+    global _making
+    _making = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def client(bucket: str, attempts: int = ATTEMPTS) -> "S3Client":
     """A client for this process, a bucket and the present variables; kept for the next call."""
     anonymous, pays = _is_listed(bucket, ANONYMOUS), _is_listed(bucket, REQUESTER_PAYS)
-    return _client(attempts, anonymous, pays, os.getpid(), tuple(environment().items()))
+    with _making:  # else each of sixteen threads that begin together would make its own, which takes half a second
+        return _client(attempts, anonymous, pays, os.getpid(), tuple(environment().items()))
 
 
 @functools.lru_cache(maxsize=16)
@@ -236,7 +246,7 @@ def _client(
     config = Config(
         retries={"mode": "standard", "total_max_attempts": attempts},
         connect_timeout=5,
-        read_timeout=60 if attempts <= ATTEMPTS else 30,  # times the attempts is what a person waits for
+        read_timeout=_ANSWER_S,
         max_pool_connections=16,
         signature_version=botocore.UNSIGNED if anonymous else None,
     )
@@ -273,27 +283,42 @@ def is_missing(error: ClientError) -> bool:
     return str(error.response.get("Error", {}).get("Code", "")) in ("NoSuchKey", "404", "InvalidRange", "416")
 
 
-def read(uri: str, offset: int = 0, size: int | None = None, attempts: int = ATTEMPTS) -> bytes:
-    """The object's bytes, or `size` of them from `offset`."""
+def read(uri: str, offset: int = 0, size: int | None = None, attempts: int = ATTEMPTS, version: str = "") -> bytes:
+    """The object's bytes, or `size` of them from `offset`.
+
+    version: the ETag that it must have. Raises StorageError where it has another.
+    """
     bucket, key = split_s3(uri)
-    get = functools.partial(client(bucket, attempts).get_object, Bucket=bucket, Key=key)
+    asked = {"Bucket": bucket, "Key": key}
+    if size is not None:
+        asked["Range"] = f"bytes={offset}-{offset + size - 1}"
+    if version:
+        asked["IfMatch"] = f'"{version}"'
 
     def body() -> bytes:
-        answer = get() if size is None else get(Range=f"bytes={offset}-{offset + size - 1}")
+        answer = client(bucket, 1).get_object(**asked)  # type: ignore[arg-type]
+        tag = answer.get("ETag", "").strip('"')
+        if version and tag and tag != version:  # of a server that does not know the condition
+            raise StorageError(f"{uri}: {_CHANGED}")
         return answer["Body"].read()
 
-    return _again(body)
+    if attempts <= ATTEMPTS:
+        return _again(body, _READ_ATTEMPTS, _READ_S)
+    return _again(body, _PATIENT_READ_ATTEMPTS, _PATIENT_READ_S)
 
 
-def _again(transfer: Callable[[], T]) -> T:
-    """Repeat a transfer that breaks off, waiting longer each time. botocore repeats requests, but not bodies."""
-    for attempt in range(_BODY_ATTEMPTS):
+def _again(call: Callable[[], T], attempts: int, until_s: float) -> T:
+    """Repeat a call of one request while its error may pass, waiting longer each time: the only layer that does."""
+    begin = time.monotonic()
+    for attempt in range(attempts):
         try:
-            return transfer()
-        except _BROKEN_OFF:
-            if attempt == _BODY_ATTEMPTS - 1:
+            return call()
+        except (BotoCoreError, Boto3Error, ClientError) as error:
+            wait_s = min(0.2 * 2**attempt, 13.0) * random.uniform(0.75, 1.25)  # readers must not come back all at once
+            late = time.monotonic() + wait_s - begin > until_s
+            if attempt == attempts - 1 or late or not may_pass(error):
                 raise
-            time.sleep(0.2 * 2**attempt * random.uniform(0.75, 1.25))  # readers must not come back all at once
+            time.sleep(wait_s)
     raise AssertionError("unreachable")
 
 
@@ -364,15 +389,18 @@ def upload(file: BinaryIO, uri: str, attempts: int = ATTEMPTS) -> None:
 
 
 def download(uri: str, file: BinaryIO) -> None:
-    """Download into an open file."""
-    bucket, key = split_s3(uri)
+    """Download into an open file of the disk, in parts side by side, all of one version of the object."""
+    size, version = head(uri)
 
-    def whole() -> None:
-        file.seek(0)
-        file.truncate()
-        client(bucket).download_fileobj(bucket, key, file)
+    def part(offset: int) -> None:
+        data = read(uri, offset, min(_DOWNLOAD_BYTES, size - offset), version=version)
+        os.pwrite(file.fileno(), data, offset)
 
-    _again(whole)
+    pool = ThreadPoolExecutor(_DOWNLOADS)
+    try:
+        list(pool.map(part, range(0, size, _DOWNLOAD_BYTES)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def copy(source: str, target: str, attempts: int = ATTEMPTS) -> None:

@@ -9,13 +9,15 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from contextlib import ExitStack, closing
+from itertools import chain
+from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.duplicates import find_duplicates
+from data_prep.grow import Growth, delete_indexes
 from data_prep.image import Checked, check, decode
 from data_prep.image_files import PassedOver
 from data_prep.index import (
-    INDEX_NAME,
     Reject,
     Sample,
     ShardInfo,
@@ -24,13 +26,15 @@ from data_prep.index import (
     Summary,
     publish_index,
     read_shard_set,
+    seek_hash,
     summarise,
     to_json,
 )
 from data_prep.layouts import training_items
-from data_prep.plan import Plan, ShardPlan, plan_shards
+from data_prep.plan import Plan, ShardPlan, mark, plan_shards
+from data_prep.read_ahead import read_ahead
 from data_prep.shard_folder import MAKING_NAME, is_shard_file, take_folder
-from data_prep.sources import Item, read_item
+from data_prep.sources import Item
 from data_prep.storage import (
     StorageError,
     delete,
@@ -78,22 +82,21 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
     samples: list[Sample] = []
     rejects: list[Reject] = []
     num_of_several = 0
-    with writing(join(destination, f"{plan.name}.tar")) as file:
+    with writing(join(destination, f"{plan.name}.tar")) as file, ExitStack() as stack:
         out = _Hashing(file)
         with tarfile.open(fileobj=out, mode="w|", bufsize=2**20, format=tarfile.GNU_FORMAT) as tar:  # type: ignore[call-overload]
-            for item in plan.items:
+            for item, data in stack.enter_context(closing(read_ahead(plan.items))):
                 if item.flaw:
                     rejects.append(_reject(item, item.flaw))
                     continue
-                data = read_item(item)
                 try:
-                    checked = check(data)
+                    checked = check(data, plan.settings.max_pixels)
                     entries = list(_entries(item, data, checked, plan.settings))
                 except ValueError as error:
                     rejects.append(_reject(item, str(error)))
                     continue
                 num_of_several += checked.num_pictures > 1
-                samples.extend(_append(tar, *entry) for entry in entries)
+                samples.extend(_append(tar, entry) for entry in entries)
     info = ShardInfo(
         name=plan.name,
         plan=plan.digest,
@@ -103,6 +106,7 @@ def write_shard(plan: ShardPlan, destination: str) -> ShardInfo:
         samples=tuple(samples),
         rejects=tuple(rejects),
         num_of_several=num_of_several,
+        marks="".join(mark(item) for item in sorted(plan.items, key=lambda item: item.key)),
     )
     if not samples:
         delete(join(destination, f"{plan.name}.tar"))
@@ -118,12 +122,15 @@ def make_shards(
     exclude: Sequence[str] = (),
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    grow: bool = False,
 ) -> ShardSet:
     """Make or complete the shards of a source at `destination`; Ray must be initialised.
 
-    A complete set made from the same source and settings is returned as it is. `progress` is called with the number
-    of finished shards and of all, `say` with lines about what is passed over. Raises ValueError where the source
-    holds no images, images in two resolutions, or too many are rejected, StorageError where the storage fails.
+    A complete set made from the same source and settings is returned as it is. `grow`: one that was made with these
+    settings from some of the source's images is kept, and grows (see `grow`); else it is made anew. `progress` is
+    called with the number of finished shards and of all, `say` with lines about what is passed over, and how the set
+    grows. Raises ValueError where the source holds no images, images in two resolutions, or too many are rejected,
+    StorageError where the storage fails.
     """
     passed_over = PassedOver()
     with Plan(training_items(source, include, exclude, passed_over), settings) as plan:
@@ -132,19 +139,51 @@ def make_shards(
         if (finished := _finished(destination, plan.fingerprint, settings)) is not None:
             return finished
         take_folder(destination, (info.path for info in list_files(destination)))
-        delete(join(destination, INDEX_NAME))  # from here on the old index is no longer true
+        growth = _growth(destination, plan, say) if grow else None
+        if growth is None:
+            delete_indexes(destination)  # from here on they are no longer true
         sweep(destination)
         duplicates = _duplicates(plan, destination) if settings.drop_duplicates else {}
-        num_images = plan.num_items - len(duplicates)
+        if growth is None:
+            num_images, shards = plan.num_items - len(duplicates), plan.shards(duplicates)
+        else:
+            duplicates = growth.staying(duplicates)
+            num_images, shards = growth.num_new(duplicates), growth.new_shards(duplicates)
+            if say:
+                say(f"{destination} grows: {num_images} new images, {growth.num_gone} no longer listed")
         total = -(-num_images // settings.samples_per_shard)
         sizes = {info.path: info.size for info in list_files(destination)}
-        calls = ((shard, destination, sizes.get(f"{shard.name}.tar")) for shard in plan.shards(duplicates))
-        summaries = in_order(complete_shard, _normalised(calls))
-        made = _checked(source, _reported(summaries, total, progress), settings, destination, num_images)
-        published = publish_index(destination, source, plan.fingerprint, settings, made, duplicates)
+        calls = ((shard, destination, sizes.get(f"{shard.name}.tar")) for shard in shards)
+        summaries = _reported(in_order(complete_shard, _normalised(calls)), total, progress)
+        if growth is not None:
+            summaries = chain(growth.old_summaries(), summaries)
+        first = growth.first if growth else 0
+        made = _checked(source, summaries, settings, destination, plan.num_items - len(duplicates), first)
+        if growth is not None:
+            made = iter(list(made))  # all new shards are there before the index of before is put aside
+            growth.keep_index()
+        again = {"generation": growth.generation, "next_shard": first + total} if growth else {}
+        published = publish_index(destination, source, plan.fingerprint, settings, made, duplicates, **again)
         if say and (number := published.index.num_of_several):
             say(f"{source}: {number} files hold several pictures; the first of each was taken")
         return published
+
+
+def _growth(destination: str, plan: Plan, say: Callable[[str], None] | None) -> Growth | None:
+    """How the finished set at the destination can grow to the plan's images; None where it has to be made anew."""
+    try:
+        before = read_shard_set(destination)
+    except StorageError:
+        return None
+    why = "it was made with other settings"
+    if before.index.settings.content() == plan.settings.content():
+        growth = Growth(before, plan)
+        if growth.is_possible:
+            return growth
+        why = "it holds none of these images, or was made before sets could grow"
+    if say:
+        say(f"{destination}: {why}; it is made anew")
+    return None
 
 
 def complete_shard(plan: ShardPlan, destination: str, tar_bytes: int | None) -> Summary:
@@ -204,9 +243,12 @@ def _finished(destination: str, fingerprint: str, settings: ShardSettings) -> Sh
 
 
 def _checked(
-    source: str, summaries: Iterator[Summary], settings: ShardSettings, destination: str, num_images: int
+    source: str, summaries: Iterator[Summary], settings: ShardSettings, destination: str, num_images: int, first: int
 ) -> Iterator[Summary]:
-    """The summaries; ValueError as soon as too many of num_images are rejected. At the end stale shards go."""
+    """The summaries; ValueError as soon as too many of num_images are rejected.
+
+    At the end stale shards go, from number `first` on: those before it belong to an index of before.
+    """
     names, rejects, num_rejects, seen = set(), list[Reject](), 0, 0
     for summary in summaries:
         seen += summary.num_images
@@ -222,35 +264,40 @@ def _checked(
         if summary.shard:
             names.add(summary.shard.name)
         yield summary
-    _delete_stale(destination, names)
+    _delete_stale(destination, names, f"shard-{first:06d}")
 
 
-def _delete_stale(destination: str, names: set[str]) -> None:
+def _delete_stale(destination: str, names: set[str], first: str) -> None:
     """Delete shards of an earlier plan, which a reader of `*.tar` would take for part of the set."""
     for info in list_files(destination):
-        if is_shard_file(info.path) and info.path.rpartition(".")[0] not in names:
+        name = info.path.rpartition(".")[0]
+        if is_shard_file(info.path) and name not in names and name >= first:
             delete(info.uri)
     delete(join(destination, _DUPLICATES_NAME))
     delete(join(destination, MAKING_NAME))
 
 
-def _entries(
-    item: Item, data: bytes, checked: Checked, settings: ShardSettings
-) -> Iterator[tuple[str, str, bytes, int, int, bytes]]:
-    """(key, extension, bytes, height, width, seek points) of what goes into the tar for an image.
+class _Entry(NamedTuple):
+    """What goes into the tar for an image, and what is known of it."""
 
-    Raises ValueError with the reason to reject it.
-    """
-    height, width, seek, _ = checked
+    key: str
+    ext: str
+    data: bytes
+    checked: Checked
+
+
+def _entries(item: Item, data: bytes, checked: Checked, settings: ShardSettings) -> Iterator[_Entry]:
+    """An image as it is, or cut into sub-images. Raises ValueError with the reason to reject it."""
+    height, width = checked.height, checked.width
     if min(height, width) < settings.min_side_px:
         raise ValueError(f"{width}x{height} pixels: a side is below min_side_px={settings.min_side_px}")
     if settings.sub_image_px is None:
-        yield item.key, item.ext, data, height, width, seek
+        yield _Entry(item.key, item.ext, data, checked)
         return
     pixels = decode(data)
     for number, box in enumerate(boxes(height, width, settings.sub_image_px, settings.sub_image_step_px), 1):
         crop = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
-        yield sub_key(item.key, number), "png", to_png(crop), box.height, box.width, b""
+        yield _Entry(sub_key(item.key, number), "png", to_png(crop), Checked(box.height, box.width, b"", 1))
 
 
 def _reject(item: Item, reason: str) -> Reject:
@@ -258,17 +305,26 @@ def _reject(item: Item, reason: str) -> Reject:
     return Reject(key=item.key, uri=printable(item.uri), reason=reason)
 
 
-def _append(tar: tarfile.TarFile, key: str, ext: str, data: bytes, height: int, width: int, seek: bytes) -> Sample:
+def _append(tar: tarfile.TarFile, entry: _Entry) -> Sample:
     """Add an image's bytes, and its seek points where it has some."""
-    offset = _add(tar, f"{key}.{ext}", data)
-    digest = hashlib.sha256(data).hexdigest()
+    checked, seek = entry.checked, entry.checked.seek
+    offset = _add(tar, f"{entry.key}.{entry.ext}", entry.data)
     sample = Sample(
-        key=key, ext=ext, offset=offset, size=len(data), height=height, width=width, sha256=digest, seek_size=len(seek)
+        key=entry.key,
+        ext=entry.ext,
+        offset=offset,
+        size=len(entry.data),
+        height=checked.height,
+        width=checked.width,
+        sha256=hashlib.sha256(entry.data).hexdigest(),
+        seek_size=len(seek),
+        seek_hash=seek_hash(seek),
+        by_pillow=checked.by_pillow,
     )
     if seek:
-        at = _add(tar, f"{key}.{_SEEK_EXT}", seek)
+        at = _add(tar, f"{entry.key}.{_SEEK_EXT}", seek)
         if at != sample.seek_offset:  # a long name has a longer header
-            return sample.model_copy(update={"seek_size": 0})
+            return sample.model_copy(update={"seek_size": 0, "seek_hash": ""})
     return sample
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.index import Sample, ShardSet
+from data_prep.index import Sample, ShardSet, seek_hash
 from data_prep.private_folder import private_folder
 from data_prep.storage import DamageError, StorageError, download, is_local, read_range, sha256_of, sweep
 
@@ -72,10 +72,10 @@ class ShardReader:
         return Path(self._cache_dir or default_cache())
 
     def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
-        """The original bytes of sample `number`, and its seek points.
+        """The original bytes of sample `number`, and its seek points; none where these are not the sidecar's.
 
-        Raises DamageError where the bytes are not what the index promises, in the store itself, too; seek points have a
-        checksum of their own.
+        Raises DamageError where the bytes are not what the index promises, in the store itself, too: no pixel depends on
+        seek points.
         """
         sample = self._set.samples(shard)[number]
         descriptor = self._descriptor(shard)
@@ -91,7 +91,7 @@ class ShardReader:
             raise DamageError(
                 f"{self._set.tar_uri(shard)}: sample {sample.key} is not the one that was written; make the shard anew"
             )
-        return both[: sample.size], both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+        return both[: sample.size], _seek_points(both, sample)
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Say which shards will be read soon, the next one first; let go of all others.
@@ -254,6 +254,12 @@ def _read_at(descriptor: int, sample: Sample) -> bytes:
 
 def _is_sound(both: bytes, sample: Sample) -> bool:
     return hashlib.sha256(memoryview(both)[: sample.size]).hexdigest() == sample.sha256
+
+
+def _seek_points(both: bytes, sample: Sample) -> bytes:
+    """The seek points behind a sample's bytes, if they are those that the sidecar names; older ones name none."""
+    seek = both[sample.seek_offset - sample.offset :] if sample.seek_size else b""
+    return seek if not sample.seek_hash or seek_hash(seek) == sample.seek_hash else b""
 
 
 def _open_cached(path: Path) -> int | None:

@@ -21,9 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from data_prep.image_files import EXTENSIONS, PassedOver, clutter_in, ending, has_image_name
+from data_prep.listing import kept
 from data_prep.storage import UNREADABLE, FileInfo, file_info, is_local, iter_files, normalise, read_bytes, read_range
 from data_prep.tar_source import iter_members
 
@@ -99,7 +101,7 @@ def iter_items(
     """
     seen = taken = 0
     passed_over = PassedOver() if passed_over is None else passed_over
-    for path, item in _named(source, passed_over):
+    for path, item in _kept(source, passed_over):
         seen += 1
         if _wanted(path, include, exclude):
             taken += 1
@@ -113,8 +115,13 @@ def iter_items(
 
 
 def read_item(item: Item) -> bytes:
-    """The image file's bytes. Raises StorageError where they cannot be read."""
-    return read_bytes(item.uri) if item.offset is None else read_range(item.uri, item.offset, item.size)
+    """The image file's bytes. Raises StorageError where they cannot be read, or are others than were listed."""
+    version = item.version if item.offset is None else item.version.rpartition("@")[0]  # the tar's
+    if " " in version:  # a package's, of which the disk knows nothing
+        version = ""
+    if item.offset is None:
+        return read_bytes(item.uri, version)
+    return read_range(item.uri, item.offset, item.size, version)
 
 
 def fingerprint(items: Iterable[Item]) -> str:
@@ -139,6 +146,17 @@ def key_of(path: str) -> str:
     """
     quoted = quote(path, safe="/", errors="surrogateescape").replace(".", "%2E")
     return re.sub("_(?=_)", "%5F", re.sub("(^|(?<=/))/", "%2F", quoted))
+
+
+def _kept(source: str, passed_over: PassedOver) -> Iterator[tuple[str, Item]]:
+    """As `_named`, from the listing that was made before where listings are kept."""
+
+    def fresh(passed_over: PassedOver) -> Iterator[tuple[Any, ...]]:
+        for path, item in _named(source, passed_over):
+            yield path, item.key, item.uri, item.size, item.version, item.offset, item.flaw
+
+    for path, *fields in kept(source, passed_over, fresh):
+        yield path, Item(*fields)
 
 
 def _named(source: str, passed_over: PassedOver) -> Iterable[tuple[str, Item]]:

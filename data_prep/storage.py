@@ -103,25 +103,38 @@ class FileInfo:
     version: str
 
 
-def read_bytes(uri: str) -> bytes:
-    """The whole file."""
+def read_bytes(uri: str, version: str = "") -> bytes:
+    """The whole file. Raises StorageError where a `version` is given that is no longer the file's (see FileInfo)."""
     with _naming(uri):
-        return Path(normalise(uri)).read_bytes() if is_local(uri) else s3.read(uri)
+        if not is_local(uri):
+            return s3.read(uri, version=version)
+        with open(normalise(uri), "rb") as file:
+            _check_version(file, uri, version)
+            return file.read()
 
 
-def read_range(uri: str, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`. Raises DamageError where the file ends before that or is gone."""
+def read_range(uri: str, offset: int, size: int, version: str = "") -> bytes:
+    """`size` bytes from `offset`. Raises DamageError where the file ends before that or is gone.
+
+    StorageError where a `version` is given that is no longer the file's.
+    """
     if size == 0:
         return b""
     with _naming(uri):
         if is_local(uri):
             with open(normalise(uri), "rb") as file:
+                _check_version(file, uri, version)
                 data = os.pread(file.fileno(), size, offset)
         else:
-            data = s3.read(uri, offset, size)
+            data = s3.read(uri, offset, size, version=version)
     if len(data) != size:
         raise DamageError(f"{normalise(uri)}: {len(data)} of {size} bytes at {offset}; it is truncated, make it anew")
     return data
+
+
+def _check_version(file: BinaryIO, uri: str, version: str) -> None:
+    if version and str(os.fstat(file.fileno()).st_mtime_ns) != version:
+        raise StorageError(f"{normalise(uri)}: it has changed since it was listed; run the command again")
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -1,9 +1,11 @@
 """Image files inside tars, read in place: where each begins and how long it is, without unpacking anything.
 
-Made for ImageNet as it is distributed, a tar of class tars; a tar of images is the simple case. Just the 512-byte
-headers are read, so a tar in an object store costs one small request for each of its images, 16 class tars at once.
+Made for ImageNet as it is distributed, a tar of class tars; a tar of images is the simple case. Of a local tar just the
+512-byte headers are read. From an object store they come in stretches of a megabyte where images are so small that
+several lie in a stretch, else one by one; 16 class tars at once.
 """
 
+import io
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ from data_prep.ranged_file import RangedFile
 from data_prep.storage import DamageError, file_info, is_local, read_range
 
 _AT_ONCE = 16
+_STRETCH_BYTES, _HEADER_BYTES = 2**20, 4096  # of one request
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,27 @@ def _headers(name: str, uri: str, start: int, end: int) -> Iterator[Member]:
         raise DamageError(f"{name}: it is no sound, uncompressed tar ({error}); copy it anew") from error
 
 
-def _part(uri: str, start: int, end: int) -> RangedFile:
+def _part(uri: str, start: int, end: int) -> io.RawIOBase:
     """Bytes start..end of `uri` as a file."""
-    return RangedFile(end - start, lambda offset, length: read_range(uri, start + offset, length))
+    if is_local(uri):
+        return RangedFile(end - start, lambda offset, length: read_range(uri, start + offset, length))
+    return RangedFile(end - start, _Stretches(uri, start, end).read)
+
+
+class _Stretches:
+    """Reads bytes start..end of a tar from front to back, few requests for many small reads."""
+
+    def __init__(self, uri: str, start: int, end: int) -> None:
+        self._uri, self._start, self._size = uri, start, end - start
+        self._at, self._held = 0, b""
+        self._before = 0  # where the last read began
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`, or those that are left."""
+        gap, self._before = offset - self._before, offset
+        inside = offset - self._at
+        if not 0 <= inside <= len(self._held) - length:
+            sparse = gap > _STRETCH_BYTES // 4
+            wanted = min(max(length, _HEADER_BYTES if sparse else _STRETCH_BYTES), self._size - offset)
+            self._held, self._at, inside = read_range(self._uri, self._start + offset, wanted), offset, 0
+        return self._held[inside : inside + length]

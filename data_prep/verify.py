@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from data_prep.index import LEFT_OUT_NAME, Sample, ShardSet, read_shard_set
+from data_prep.index import LEFT_OUT_NAME, Sample, ShardSet, earlier, is_earlier, read_shard_set
 from data_prep.storage import StorageError, file_info, join, list_files, read_range, sha256_of
 
 _BLOCK_BYTES = 16 * 2**20
@@ -52,9 +52,12 @@ def verify(uri: str, progress: Progress | None = None) -> Report:
             problems.extend(found)
             if progress:
                 progress(done, len(shards.shards))
-    problems.extend(_left_out_problems(shards))
-    known = {f"{shard.name}.tar" for shard in shards.shards}
-    for info in list_files(shards.uri):
+    problems.extend(_left_out_problems(shards, is_earlier(uri)))
+    listed = list_files(shards.uri)
+    indexes = [shards, read_shard_set(shards.uri)] if is_earlier(uri) else [shards]
+    indexes += [read_shard_set(info.uri) for info in listed if is_earlier(info.path) and info.path.startswith("index")]
+    known = {f"{shard.name}.tar" for index in indexes for shard in index.shards}
+    for info in listed:
         if info.path.endswith(".tar") and info.path not in known:
             problems.append(f"{info.uri}: it is not in the index; a reader of *.tar would take it for part of the set")
     return Report(shards.uri, len(shards.shards), shards.num_samples, shards.index.num_bytes, tuple(problems))
@@ -114,8 +117,8 @@ def _hash_samples(
         start += len(block)
 
 
-def _left_out_problems(shards: ShardSet) -> Iterator[str]:
-    uri = join(shards.uri, LEFT_OUT_NAME)
+def _left_out_problems(shards: ShardSet, before: bool) -> Iterator[str]:
+    uri = join(shards.uri, earlier(LEFT_OUT_NAME, shards.index.generation) if before else LEFT_OUT_NAME)
     try:
         if sha256_of(uri) != shards.index.left_out_sha256:
             yield f"{uri}: its sha256 is not the index's"

@@ -8,11 +8,12 @@ import datetime
 import functools
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from PIL import features
 from pydantic import Field, ValidationError
 
 from data_prep import storage
@@ -129,11 +130,29 @@ def fetch(artifact: Artifact, name: str, folder: Path) -> Path:
 
 @functools.cache
 def code_versions() -> dict[str, str]:
-    """Revision of this project (see `revision`) and versions of the libraries that shape results."""
-    versions = {
-        name: version(name) for name in ("torch", "deepspeed", "ray", "webdataset", "mlflow", "numpy", "pillow")
-    }
-    return {"git": revision(ROOT)} | versions
+    """Revision of this project (see `revision`) and versions of the libraries that shape results.
+
+    numpy's distributions, Pillow's resizing, libjpeg and scipy's convolutions decide the pixels of degradations.
+    """
+    named = ("torch", "deepspeed", "ray", "webdataset", "mlflow", "numpy", "pillow", "scipy", "numba")
+    return {"git": revision(ROOT)} | {name: version(name) for name in named} | {"libjpeg": _libjpeg()}
+
+
+def _libjpeg() -> str:
+    """The library that Pillow decodes and encodes JPEG with."""
+    turbo = features.version_feature("libjpeg_turbo")
+    return f"turbo {turbo}" if turbo else str(features.version_codec("jpg"))
+
+
+def changed_libraries(before: Mapping[str, str]) -> str:
+    """What a training that goes on says of libraries that were others before; empty where none was."""
+    now = code_versions()
+    changed = [
+        f"{name} {now.get(name, 'unknown')} instead of {old}"
+        for name, old in before.items()
+        if name != "git" and now.get(name) != old
+    ]
+    return f"goes on with {', '.join(changed)}: pairs and steps may differ from those of before" if changed else ""
 
 
 def revision(root: Path) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from data_prep import storage
 from data_prep.degrade import Kind, check
 from data_prep.degrade_steps import Step
-from data_prep.image_files import PassedOver
+from data_prep.image_files import MAX_PIXELS, PassedOver
 from data_prep.pairs import OnDamage
 from data_prep.redact import redacted
 from model.losses import STAGE_WEIGHTS
@@ -190,6 +190,12 @@ class DataConfig(Settings):
     exclude: tuple[str, ...] = Field((), description="glob patterns left out; of the whole path with a leading /")
     samples_per_shard: int = Field(512, ge=1, description="images per WebDataset tar")
     min_side_px: int = Field(64, ge=1, description="images with a shorter side are rejected, with the reason listed")
+    max_pixels: int = Field(
+        MAX_PIXELS,
+        ge=1,
+        le=MAX_PIXELS,
+        description="images of more pixels are rejected; each crop of one that is no baseline JPEG decodes it whole",
+    )
     drop_duplicates: bool = Field(True, description="of files with the same bytes keep the one with the smallest key")
     sub_image_px: int | None = Field(
         None, ge=1, description="cut images into PNG crops of this side, for large ones as DF2K's; null: as they are"

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 from rich.console import Console
 
+from data_prep.listing import listed_once
 from pipeline import estimate, plan, survey
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe, tracking_uri
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _SQLITE = "sqlite:///"
 
 
+@listed_once()
 def run(recipe: Recipe, choice: Choice, console: Console) -> None:
     """Print the plan: a line for each stage, with steps and time, and the sums."""
     recipe, said = survey.settled(recipe)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from data_prep.image_files import MAX_PIXELS
 from model import build
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
@@ -98,7 +99,9 @@ def stages_of(recipe: Recipe, outside: Outside) -> list[Stage]:
 
 
 def _shard_stage(recipe: Recipe, name: str, source_version: str) -> Stage:
-    config = recipe.data[name].model_dump(mode="json", exclude={"source"})
+    data = recipe.data[name]
+    unsaid = {"max_pixels"} if data.max_pixels == MAX_PIXELS else set()  # as it was before there was a choice
+    config = data.model_dump(mode="json", exclude={"source"} | unsaid)
     return Stage(
         f"shard-{name}",
         "shard",

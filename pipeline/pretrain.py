@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import storage  # noqa: E402
+from data_prep.listing import listed_once  # noqa: E402
 from pipeline import cluster, places, plan, report, stages, survey  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
@@ -42,6 +43,7 @@ def prepare(recipe: Recipe, choice: Choice) -> tuple[list[Stage], set[str], Trac
     return found, chosen, Tracker(recipe)
 
 
+@listed_once()
 def run(
     recipe: Recipe, choice: Choice, console: Console, address: str | None = None, debug: bool = False
 ) -> dict[str, Artifact]:

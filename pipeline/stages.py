@@ -112,6 +112,7 @@ def shard_settings(data: DataConfig, seed: int) -> ShardSettings:
         samples_per_shard=data.samples_per_shard,
         seed=seed,
         min_side_px=data.min_side_px,
+        max_pixels=data.max_pixels,
         drop_duplicates=data.drop_duplicates,
         sub_image_px=data.sub_image_px,
         sub_image_step_px=data.sub_image_step_px,

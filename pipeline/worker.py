@@ -120,6 +120,8 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     )
     if note := emulation_note(job.phase.precision, device):
         run.report({"warning": note})
+    if changed := artifact.changed_libraries(meta.get("code", {})):
+        run.report({"warning": changed})
     used = {"precision_used": "bf16" if bf16 else "fp32", "device": str(device), "workers_used": world_size}
     run.report({"params": used | {"micro_batch_used": micro_batch, "gmacs_per_sample": round(macs / 1e9, 3)}})
     return run

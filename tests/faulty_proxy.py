@@ -8,6 +8,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -16,10 +17,14 @@ FAULTS = ("reset", "unavailable", "short")
 
 
 class Faults:
-    """Which answers to break: a share of the GETs, drawn from a seed; `seen` counts what was done."""
+    """Which answers to break: a share of the GETs, drawn from a seed; `seen` counts what was done.
 
-    def __init__(self, share: float, seed: int = 0) -> None:
+    `delay_s`: how long every answer is kept back, as by a distant server.
+    """
+
+    def __init__(self, share: float, seed: int = 0, delay_s: float = 0.0) -> None:
         self.share = share
+        self.delay_s = delay_s
         self.seen: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -39,6 +44,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def forward(self) -> None:
         fault = self.faults.draw(self.command)
+        time.sleep(self.faults.delay_s)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault == "unavailable":
             self.send_response(503)

@@ -63,7 +63,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data = self.server_state.objects[name]
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            return self.send(206, data[int(first) : int(last or len(data)) + 1])
+            return self.send(206, data[int(first) : int(last or len(data)) + 1], tag(data))
         return self.send(200, data)
 
     def on_head(self, name: str, query: dict[str, list[str]], body: bytes) -> None:
@@ -98,10 +98,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
         return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
 
-    def send(self, status: int, data: bytes) -> None:
+    def send(self, status: int, data: bytes, its_tag: str = "") -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{tag(data)}"')
+        self.send_header("ETag", f'"{its_tag or tag(data)}"')
         if status == 301 and self.server_state.region:
             self.send_header("x-amz-bucket-region", self.server_state.region)
         self.end_headers()

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -21,10 +22,12 @@ from PIL import Image
 from data_prep import storage
 from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.sources import list_items
+from tests.faulty_proxy import Faults, faulty_proxy
 from tests.s3_server import s3_server
 from tests.shared_data import shared
 
 ROUNDS = 5
+DELAY_S, DELAY_FLOOR = 0.03, 0.8
 SETTINGS = ShardSettings(samples_per_shard=167)
 
 
@@ -64,12 +67,36 @@ def measure(name, destination):
     )
 
 
+def measure_delay(server):
+    """Sharding from S3 into a folder, by the clock, through a proxy with and without a delay."""
+    images = list_items(str(shared("data/imagenet-sample/train")))[:192]
+    for item in images:
+        storage.upload(item.uri, storage.join(server.uri, "source", item.path))
+    (plan,) = plan_shards(list_items(storage.join(server.uri, "source")), ShardSettings())
+    clock = {0.0: [], DELAY_S: []}
+    for _, delay_s in itertools.product(range(ROUNDS), clock):
+        with tempfile.TemporaryDirectory() as folder, faulty_proxy(server.endpoint, Faults(0, delay_s=delay_s)):
+            storage.exists(storage.join(server.uri, "x"))  # connects
+            start = time.monotonic()
+            write_shard(plan, folder)
+            clock[delay_s].append(time.monotonic() - start)
+    ratio = statistics.median(near / far for near, far in zip(*clock.values(), strict=True))
+    near, far = map(statistics.median, clock.values())
+    print(
+        f"from S3, {len(images)} images: {near:.2f} s, with {DELAY_S * 1e3:.0f} ms before every answer {far:.2f} s: "
+        f"{ratio:.2f} of the speed (floor {DELAY_FLOOR})",
+        flush=True,
+    )
+    return ratio >= DELAY_FLOOR
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         measure("folder", folder)
     with tempfile.TemporaryDirectory() as folder, s3_server(Path(folder)) as server:
         measure("S3 server", server.uri)
+        return 0 if measure_delay(server) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,15 +2,18 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.image import check, decode
+from data_prep import image as images
+from data_prep import jpeg
+from data_prep.image import Box, Picture, check, decode
 from data_prep.image_files import FORMATS
-from tests.unit.data_prep.odd_files import bad_files, good_files
+from tests.unit.data_prep.odd_files import bad_files, good_files, photograph
 
 
 def encoded(image, form="PNG", **options):
@@ -103,7 +106,7 @@ def test_of_several_pictures_the_first_is_taken(form):
     frames = [RGB, RGB.transpose(Image.Transpose.FLIP_LEFT_RIGHT), RGB.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
     options = {"lossless": True} if form == "WEBP" else {}
     data = encoded(RGB, form, save_all=True, append_images=frames[1:], **options)
-    assert check(data) == (12, 10, b"", 3)
+    assert check(data) == (12, 10, b"", 3, False)
     np.testing.assert_array_equal(decode(data), np.asarray(RGB))
 
 
@@ -147,3 +150,64 @@ def test_a_cut_and_closed_jpeg_would_pass_for_good():
 def test_float_pixels_are_rejected():
     with pytest.raises(ValueError, match="float pixels have no fixed range"):
         check(encoded(Image.new("F", (4, 4)), "TIFF"))
+
+
+@pytest.mark.parametrize("name", good_files())
+def test_an_image_that_is_converted_in_strips_is_the_same(name, monkeypatch):
+    data = good_files()[name]
+    whole = decode(data)
+    monkeypatch.setattr(images, "_STRIP_PX", 7 * 120)
+    np.testing.assert_array_equal(decode(data), whole)
+
+
+def test_a_region_of_a_large_image_is_cut_before_it_is_converted():
+    """It was held three times: 2.3 GB for a PNG of 0.5 MB."""
+    data = encoded(Image.new("P", (6000, 5000), 7))
+    picture = Picture(data)
+    tracemalloc.start()  # numpy's memory is counted, Pillow's is not
+    try:
+        assert picture.region(Box(4000, 4000, 64, 64)).shape == (3, 64, 64)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("form", "options"), [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {})]
+)
+def test_a_sets_own_limit_of_pixels_holds_for_every_kind(form, options):
+    data = encoded(RGB, form, **options)
+    assert check(data, 120)[:2] == (12, 10)
+    with pytest.raises(ValueError, match="has more pixels than max_pixels=119: cut it into parts"):
+        check(data, 119)
+
+
+def test_no_reason_names_an_object_in_memory():
+    """Reasons go into the set: machines would disagree about it."""
+    for error in (OSError(f"cannot read {io.BytesIO()!r}"), ValueError(f"{object()} is no image")):
+        assert "0x" not in images._words(error)
+    for data in (
+        b"text",
+        b"\x89PNG\r\n\x1a\n" + bytes(40),
+        b"II*\0" + bytes(40),
+        b"RIFF\0\0\0\0WEBP" + bytes(40),
+        b"BM" + bytes(60),
+    ):
+        with pytest.raises(ValueError, match="cannot be decoded") as caught:
+            check(data)
+        assert "0x" not in str(caught.value)
+
+
+def test_a_file_that_the_region_decoder_reads_otherwise_than_pillow_is_left_to_pillow(monkeypatch):
+    data = encoded(photograph(160, 200), "JPEG")
+    sound, whole = check(data), decode(data)
+    assert not sound.by_pillow
+    assert sound.seek
+
+    region = jpeg.region
+    monkeypatch.setattr(jpeg, "region", lambda *given: None if (got := region(*given)) is None else got ^ 1)
+    found = check(data)
+    assert found.by_pillow
+    assert found.seek == b""
+    pixels = Picture(data, found.seek, found.by_pillow).region(Box(3, 5, 60, 71)).transpose(1, 2, 0)
+    np.testing.assert_array_equal(pixels, whole[3:63, 5:76])

@@ -1,13 +1,16 @@
 """Whole and damaged JPEG files of every Huffman-coded kind: what passes, what is found."""
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.jpeg_markers import segments
 from data_prep.jpeg_scans import is_whole
 from tests.unit.data_prep.odd_files import encoded, photograph
+from tests.unit.data_prep.odd_jpegs import pillows, segment
 
 KINDS = {
     "progressive": ("RGB", {"progressive": True, "quality": 90}),
@@ -83,3 +86,42 @@ def test_no_damage_is_more_than_an_answer(kind):
 
 def test_real_photographs_are_whole(photographs):
     assert all(is_whole(file.read_bytes()) for file in sorted(photographs.rglob("*.JPEG"))[::3])
+
+
+def with_segment(data, marker, change):
+    """The file with the body of its first segment of a kind changed."""
+    part = next(part for part in segments(data) if part.marker == marker)
+    return data[: part.at] + segment(marker, change(data[part.start : part.stop])) + data[part.stop :]
+
+
+CHANGES = {
+    "a table's number": (0xC4, lambda body: bytes((body[0] & 0x10 | 7,)) + body[1:]),
+    "a table's class": (0xC4, lambda body: bytes((body[0] | 0x20,)) + body[1:]),
+    "a table that is too short": (0xC4, lambda body: body[:-1]),
+    "a table that is too long": (0xC4, lambda body: body + b"\0"),
+    "a frame that is too long": (0xC2, lambda body: body + b"\0"),
+    "a scan that is too long": (0xDA, lambda body: body + b"\0"),
+    "a restart interval of four bytes": (0xDD, lambda body: body + b"\0\0"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_segments_whose_length_or_number_libjpeg_refuses_are_not_sound(name):
+    data = with_segment(made("progressive, restarts"), *CHANGES[name])
+    assert pillows(data) is None
+    assert not is_whole(data)
+
+
+def test_a_frame_of_more_blocks_than_the_file_has_bits_takes_no_memory():
+    """2.8 kB made it ask for gigabytes."""
+    small = encoded(photograph(16, 16), progressive=True)
+    sides = (16384).to_bytes(2) + (32768).to_bytes(2)
+    huge = with_segment(
+        small, 0xC2, lambda body: body[:1] + sides + body[5:7] + b"\x44" + body[8:10] + b"\x44" + body[11:]
+    )
+    tracemalloc.start()
+    try:
+        assert is_whole(huge) is False
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -1,5 +1,6 @@
 """The loader where things break: networks, servers, tars. Also several crops of one image."""
 
+import hashlib
 import itertools
 import os
 import random
@@ -8,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 
 import pytest
 import torch
 
 from data_prep import shard_cache, storage
-from data_prep.index import publish_index, read_shard_set, summarise
+from data_prep.index import ShardInfo, publish_index, read_shard_set, summarise, to_json
 from data_prep.loader import PairLoader, PairSettings
 from data_prep.order import SampleOrder, crop_position
 from data_prep.plan import Plan
@@ -89,7 +91,7 @@ def test_resets_busy_answers_and_short_bodies_change_no_batch(shards, remote, s3
 @pytest.mark.integration
 def test_a_server_that_stays_away_stops_the_loader_with_its_name(remote, s3, tmp_path, monkeypatch):
     """Not taken for damage: nothing is skipped."""
-    monkeypatch.setattr("data_prep.s3._BODY_ATTEMPTS", 2)
+    monkeypatch.setattr("data_prep.s3._READ_ATTEMPTS", 2)
     settings = SETTINGS.model_copy(update={"cache_dir": str(tmp_path / "cache"), "on_damage": "skip"})
     loader = PairLoader(remote, settings, BATCH, BATCH, 0, 1, 0)
     with faulty_proxy(s3.endpoint, Faults(1.0)), pytest.raises(StorageError, match=f"{remote}/shard-") as caught:
@@ -127,6 +129,45 @@ def test_a_damaged_tar_is_named_and_stops_the_loader(shards, place, how):
     spoil(shards, uri, how)
     with pytest.raises(DamageError, match=rf"^{uri}/shard-000002.tar: "):
         take(uri, settings, 5)
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_its_shard(shards, copy):
+    """As after a library's update: the bytes are the index's."""
+    tar, info = (
+        join(copy, "shard-000002.tar"),
+        ShardInfo.model_validate_json(storage.read_bytes(join(copy, "shard-000002.json"))),
+    )
+    sample, whole = info.samples[1], bytearray(storage.read_bytes(tar))
+    whole[sample.offset : sample.offset + sample.size] = bytes(sample.size)
+    changed = sample.model_copy(update={"sha256": hashlib.sha256(bytes(sample.size)).hexdigest()})
+    info = info.model_copy(update={"samples": (info.samples[0], changed, *info.samples[2:])})
+    storage.write_bytes(tar, bytes(whole))
+    storage.write_bytes(join(copy, "shard-000002.json"), to_json(info))
+    summaries = [
+        summarise(ShardInfo.model_validate_json(storage.read_bytes(join(copy, f"{shard.name}.json"))))
+        for shard in shards.shards
+    ]
+    publish_index(copy, "x", "0", ShardSettings(), summaries)
+    with pytest.raises(DamageError, match=rf"^{tar}: {sample.key} cannot be decoded: it is none of PNG.*shards anew$"):
+        take(copy, SETTINGS, 5)
+
+
+def test_seek_points_that_are_not_the_sidecars_are_not_used(shards, copy):
+    """Their own checksum does not tell those of another image."""
+    samples = shards.samples(1)
+    sample = next(sample for sample in samples if sample.seek_size)
+    tar = join(copy, "shard-000001.tar")
+    whole = bytearray(storage.read_bytes(tar))
+    begin, end = sample.seek_offset, sample.seek_offset + sample.seek_size
+    good = ShardReader(shards, None, 0)
+    assert good.read(1, samples.index(sample))[1] == whole[begin:end]
+    whole[begin] ^= 8
+    whole[end - 4 : end] = zlib.crc32(whole[begin : end - 4]).to_bytes(4, "little")
+    storage.write_bytes(tar, bytes(whole))
+    reader = ShardReader(read_shard_set(copy), None, 0)
+    assert reader.read(1, samples.index(sample))[1] == b""
+    good.close()
+    reader.close()
 
 
 @pytest.mark.parametrize("how", ["altered", "cut", "missing"])

@@ -1,20 +1,31 @@
 """One view of S3: AWS's own settings decide for every reader alike; keys, bucket settings, and what refuses."""
 
 import datetime
+import io
 import ipaddress
+import os
+import socket
+import tarfile
+import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from PIL import Image
 
-from data_prep import loader, s3, sources, storage
+from data_prep import duplicates, listing, loader, read_ahead, s3, sources, storage
+from data_prep.image_files import PassedOver
+from data_prep.plan import Plan
 from data_prep.shard import ShardSettings, plan_shards, write_shard
 from data_prep.storage import StorageError
-from tests.literal_s3 import LiteralS3, literal_s3
+from tests import literal_s3 as literal_s3_module
+from tests.literal_s3 import CREDENTIALS, LiteralS3, literal_s3
 from tests.unit.data_prep.odd_files import good_files
 
 
@@ -345,3 +356,165 @@ def test_a_loaders_worker_sees_s3_as_its_parent_does(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AWS_SESSION_TOKEN", "expired")
     loader._start_worker({"AWS_ACCESS_KEY_ID": "new", s3.ANONYMOUS: "public"}, 0)
     assert s3.environment() == {"AWS_ACCESS_KEY_ID": "new", s3.ANONYMOUS: "public"}
+
+
+def pngs(count: int) -> dict[str, bytes]:
+    """name -> bytes of images that are as long as each other and differ."""
+    made = {}
+    for number in range(count):
+        file = io.BytesIO()
+        Image.new("L", (64, 64), number).save(file, "BMP")
+        made[f"{number:03d}.bmp"] = file.getvalue()
+    assert len({len(data) for data in made.values()}) == 1
+    return made
+
+
+def count(server: LiteralS3, kind: str) -> int:
+    return [asked for asked, _ in server.requests].count(kind)
+
+
+@pytest.mark.parametrize("tags", ["md5", "others"])
+def test_duplicates_are_told_by_etags_where_these_are_md5_sums(
+    reached: LiteralS3, monkeypatch: pytest.MonkeyPatch, tags: str
+) -> None:
+    """A probe of each of as many images as are as long took 14 million requests."""
+    if tags == "others":  # as KMS's encryption makes them: another one for each object
+        monkeypatch.setattr(literal_s3_module, "tag", lambda data: uuid.uuid4().hex)
+        monkeypatch.setattr(sources, "read_item", lambda item: storage.read_bytes(item.uri))
+        monkeypatch.setattr(duplicates, "read_item", lambda item: storage.read_bytes(item.uri))
+    monkeypatch.setattr(duplicates, "in_order", lambda call, arguments: (call(*given) for given in arguments))
+    images = pngs(60)
+    reached.objects = {f"bucket/set/{name}": data for name, data in images.items()}
+    reached.objects["bucket/set/copy.bmp"] = images["007.bmp"]
+    with Plan(sources.iter_items("s3://bucket/set"), ShardSettings()) as plan:
+        reached.requests.clear()
+        assert duplicates.find_duplicates(plan) == {"copy%2Ebmp": "007%2Ebmp"}
+    assert count(reached, "GET") <= 18 if tags == "md5" else count(reached, "GET") >= 61
+
+
+def test_an_object_that_changed_since_it_was_listed_is_not_sharded(reached: LiteralS3, tmp_path: Path) -> None:
+    """Else its new bytes would stand under the old fingerprint."""
+    reached.objects = {f"bucket/set/{name}": data for name, data in pngs(3).items()}
+    (plan,) = plan_shards(sources.list_items("s3://bucket/set"), ShardSettings())
+    reached.objects["bucket/set/001.bmp"] = pngs(9)["008.bmp"]
+    with pytest.raises(StorageError, match=r"set/001.bmp: it has changed since it was listed; run the command again"):
+        write_shard(plan, str(tmp_path))
+    assert {headers["If-Match"] is None for kind, headers in reached.requests if kind == "GET"} == {False}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_local_file_that_changed_since_it_was_listed_is_not_sharded(tmp_path: Path) -> None:
+    path = tmp_path / "a.bmp"
+    path.write_bytes(pngs(1)["000.bmp"])
+    (item,) = sources.list_items(str(tmp_path))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(StorageError, match=r"a.bmp: it has changed since it was listed"):
+        sources.read_item(item)
+
+
+def test_images_are_read_ahead_in_their_order_and_no_further_than_allowed(
+    reached: LiteralS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pngs(30)
+    reached.objects = {f"bucket/set/{name}": data for name, data in images.items()}
+    items = sources.list_items("s3://bucket/set")
+    size = items[0].size
+    reading, most, lock = 0, 0, threading.Lock()
+
+    def slow(item: sources.Item) -> bytes:
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+        time.sleep(0.02)
+        with lock:
+            reading -= 1
+        return sources.read_item(item)
+
+    monkeypatch.setattr(read_ahead, "read_item", slow)
+    for allowed, at_once in ((size, 1), (4 * size, 4), (100 * size, 16)):
+        monkeypatch.setattr(read_ahead, "_AHEAD_BYTES", allowed)
+        most = 0
+        got = list(read_ahead.read_ahead(items))
+        assert got == [(item, images[item.path]) for item in items]
+        assert most == at_once
+
+
+def test_a_tar_of_small_images_is_listed_by_few_requests(reached: LiteralS3) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in pngs(200).items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+    reached.objects["bucket/a.tar"] = file.getvalue()
+    items = sources.list_items("s3://bucket/a.tar")
+    assert len(items) == 200
+    assert count(reached, "GET") <= 2
+    assert {item.path: sources.read_item(item) for item in items[::40]} == dict(list(pngs(200).items())[::40])
+
+
+def test_a_server_that_never_answers_is_an_error_in_two_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """31 minutes, by six times five requests of a minute each. Here they are counted, at a fortieth of the time."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    config = s3.client("bucket").meta.config
+    assert config.read_timeout * config.retries["total_max_attempts"] <= 120
+    answer_s, accepted = s3._ANSWER_S, []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        threading.Thread(target=lambda: accepted.extend(iter(silent.accept, None)), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(s3, "_ANSWER_S", answer_s / 40)
+        monkeypatch.setattr(s3, "_READ_S", s3._READ_S / 40)
+        with pytest.raises(StorageError, match="does not answer"):
+            storage.read_bytes("s3://bucket/x")
+    assert 2 <= len(accepted) <= 140 / answer_s
+
+
+def test_a_download_is_of_one_version(reached: LiteralS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(s3, "_DOWNLOAD_BYTES", 1000)
+    for size in (0, 999, 1000, 5500):
+        reached.objects["bucket/large"] = os.urandom(size)
+        storage.download("s3://bucket/large", tmp_path / "large")
+        assert (tmp_path / "large").read_bytes() == reached.objects["bucket/large"]
+    working = s3.head
+    monkeypatch.setattr(s3, "head", lambda uri, *given: (working(uri, *given)[0], "0" * 32))  # of before
+    (tmp_path / "large").unlink()
+    with pytest.raises(StorageError, match="it has changed since it was listed"):
+        storage.download("s3://bucket/large", tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+
+
+def test_a_source_is_listed_once_in_a_command(reached: LiteralS3) -> None:
+    reached.objects = {f"bucket/set/{name}": data for name, data in pngs(5).items()}
+    reached.objects |= {"bucket/set/._a.bmp": b"", "bucket/set/notes.txt": b""}
+    source, said = "s3://bucket/set", []
+    alone = sources.list_items(source)
+    reached.requests.clear()
+    with listing.listed_once(), listing.listed_once():
+        for include in ((), ("00[12].bmp",), ()):
+            passed_over = PassedOver()
+            found = sources.list_items(source, include, passed_over=passed_over)
+            assert found == [item for item in alone if not include or item.path in ("001.bmp", "002.bmp")]
+            said.append(passed_over.describe())
+        with Plan(sources.iter_items(source), ShardSettings()) as plan:
+            assert plan.fingerprint == sources.fingerprint(sources.iter_items(source)) == sources.fingerprint(alone)
+        both = zip(sources.iter_items(source), sources.iter_items(source), strict=True)
+        assert [first for first, second in both if first == second] == alone
+        assert count(reached, "GET list-type") == 1
+    assert set(said) == {"passed over: 1 of the system's or a program's own (._a.bmp); 1 with other endings (.txt 1)"}
+    sources.list_items(source)
+    assert count(reached, "GET list-type") == 2
+
+
+def test_who_cannot_begin_anew_waits_for_a_server_that_is_away_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    waits: list[float] = []
+    monkeypatch.setattr(s3.time, "sleep", waits.append)
+    for attempts, least, most in ((s3.ATTEMPTS, 9, 20), (s3.PATIENT_ATTEMPTS, 60, 120)):
+        waits.clear()
+        with pytest.raises(EndpointConnectionError):
+            s3.read("s3://bucket/x", attempts=attempts)
+        assert least < sum(waits) < most

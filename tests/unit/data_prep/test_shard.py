@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 from urllib.parse import unquote
 
 import pytest
@@ -15,12 +16,16 @@ import webdataset
 from PIL import Image
 
 from data_prep import storage
+from data_prep.grow import Growth
 from data_prep.image import decode
-from data_prep.index import ShardSet, read_shard_set
+from data_prep.index import ShardInfo, ShardSet, publish_index, read_shard_set, summarise, to_json
+from data_prep.plan import Plan
 from data_prep.shard import ShardSettings, complete_shard, make_shards, plan_shards, write_shard
+from data_prep.shard_cache import ShardReader
 from data_prep.sources import Item, list_items, read_item
 from data_prep.storage import StorageError, join
 from data_prep.tasks import in_order
+from data_prep.verify import verify
 from tests.photographs import write_photographs
 from tests.shared_data import ROOT
 from tests.unit.data_prep.odd_files import bad_files, encoded, good_files, photograph
@@ -280,3 +285,110 @@ print(made.digest)"""
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip().endswith(made.digest), run.stderr
     assert [shard.sha256 for shard in read_shard_set(join(s3.uri, "set")).shards] == [s.sha256 for s in made.shards]
+
+
+def contents(shards):
+    """key -> bytes of every sample, as a loader reads them."""
+    reader, found = ShardReader(shards, None, 0), {}
+    for shard, entry in enumerate(shards.shards):
+        samples = shards.samples(shard)
+        assert len(samples) == entry.count
+        for number, sample in enumerate(samples):
+            assert sample.key not in found
+            found[sample.key] = reader.read(shard, number)[0]
+    reader.close()
+    return found
+
+
+def test_a_finished_set_grows_by_new_images_and_lets_go_of_those_that_are_gone(source, tmp_path, ray_local):
+    folder, uri, said = tmp_path / "source", str(tmp_path / "set"), []
+    images = {f"{number:02d}.JPEG": read_item(item) for number, item in enumerate(list_items(source))}
+
+    def make(files, settings=SETTINGS):
+        shutil.rmtree(folder, ignore_errors=True)
+        for name, data in files.items():
+            storage.write_bytes(str(folder / name), data)
+            os.utime(folder / name, ns=(0, zlib.crc32(data)))
+        said.clear()
+        return make_shards(str(folder), uri, settings, grow=True, say=said.append)
+
+    def expected(files):
+        return {name.replace(".", "%2E"): data for name, data in files.items()}
+
+    at_first = dict(list(images.items())[:12])
+    first = make(at_first)
+    before = {info.path: (info.size, info.version) for info in storage.list_files(uri)}
+    assert first.index.generation == 0
+
+    # one is gone, one has other bytes, three are new, a copy of one that is there is called before it
+    later = {name: data for name, data in images.items() if name not in ("03.JPEG", "15.JPEG", "16.JPEG", "17.JPEG")}
+    later["05.JPEG"] = images["17.JPEG"]
+    second = make(later | {"00 copy.JPEG": images["07.JPEG"]})
+    assert said == [f"{uri} grows: 4 new images, 2 no longer listed"]
+    assert contents(second) == expected(later)
+    assert (second.num_samples, second.index.num_duplicates, second.index.generation) == (14, 1, 1)
+    assert second.digest != first.digest
+    after = {info.path: (info.size, info.version) for info in storage.list_files(uri)}
+    shards = [path for path in before if path.startswith("shard-")]
+    assert {path: after[path] for path in shards} == {path: before[path] for path in shards}
+    assert set(after) - set(before) == {
+        "index-000000.json", "left-out-000000.jsonl", "shard-000003.tar", "shard-000003.json"
+    }  # fmt: skip
+    assert make(later | {"00 copy.JPEG": images["07.JPEG"]}).index == second.index
+
+    old = read_shard_set(join(uri, "index-000000.json"))
+    assert (old.uri, old.index, old.digest) == (first.uri, first.index, first.digest)
+    assert contents(old) == expected(at_first)
+    for index in (uri, join(uri, "index-000000.json")):
+        assert verify(index).problems == ()
+
+    third = make(later | {"03.JPEG": images["03.JPEG"]})  # back in its place
+    assert said == [f"{uri} grows: 0 new images, 1 no longer listed"]
+    assert contents(third) == expected(later | {"03.JPEG": images["03.JPEG"]})
+    assert third.index.generation == 2
+    assert verify(uri).problems == verify(join(uri, "index-000001.json")).problems == ()
+
+    anew = make(at_first, SETTINGS.model_copy(update={"seed": 4}))
+    assert said == [f"{uri}: it was made with other settings; it is made anew"]
+    assert contents(anew) == expected(at_first)
+    assert not [info for info in storage.list_files(uri) if info.path.startswith(("index-", "left-out-"))]
+    assert verify(uri).problems == ()
+
+
+def test_a_set_without_marks_is_made_anew(made, source, tmp_path, ray_local):
+    """One of before sets could grow does not say which images it is of."""
+    uri, said = str(tmp_path / "set"), []
+    shutil.copytree(made.uri, uri)
+    summaries = []
+    for shard in made.shards:
+        path = join(uri, f"{shard.name}.json")
+        info = ShardInfo.model_validate_json(storage.read_bytes(path)).model_copy(update={"marks": ""})
+        storage.write_bytes(path, to_json(info))
+        summaries.append(summarise(info))
+    publish_index(uri, source, "of before", SETTINGS, summaries)
+    again = make_shards(source, uri, SETTINGS, grow=True, say=said.append)
+    assert said == [f"{uri}: it holds none of these images, or was made before sets could grow; it is made anew"]
+    assert (again.digest, again.index.generation) == (made.digest, 0)
+
+
+def test_of_a_grown_set_of_sub_images_all_pieces_of_an_image_go_or_stay(tmp_path):
+    settings = ShardSettings(samples_per_shard=3, sub_image_px=64, sub_image_step_px=48)
+    uri, folder = str(tmp_path / "set"), tmp_path / "source"
+    for number in range(5):
+        storage.write_bytes(str(folder / f"{number}.png"), encoded(photograph(seed=number), "PNG"))
+    plans = plan_shards(list_items(str(folder)), settings)
+    before = publish_index(uri, "x", "0", settings, [summarise(write_shard(plan, uri)) for plan in plans])
+    (folder / "2.png").unlink()
+    storage.write_bytes(str(folder / "new.png"), encoded(photograph(seed=9), "PNG"))
+    with Plan(list_items(str(folder)), settings) as plan:
+        growth = Growth(before, plan)
+        (added,) = growth.new_shards({})
+        summaries = [*growth.old_summaries(), summarise(write_shard(added, uri))]
+    assert (added.name, [item.path for item in added.items]) == ("shard-000002", ["new.png"])
+    grown = publish_index(uri, "x", "1", settings, summaries, generation=1, next_shard=3)
+    pieces = len(before.samples(0)) // 3
+    keys = [sample.key for shard in range(3) for sample in grown.samples(shard)]
+    assert len(keys) == len(set(keys)) == grown.num_samples == 5 * pieces
+    assert {key.partition("%2E")[0] for key in keys} == {"0", "1", "3", "4", "new"}
+    assert grown.index.num_images == 5
+    assert sum(len(shard.removed) for shard in grown.shards) == pieces

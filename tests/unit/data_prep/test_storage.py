@@ -386,7 +386,7 @@ def test_a_body_that_breaks_off_is_read_again(monkeypatch, failures):
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr("data_prep.s3._BODY_ATTEMPTS", 3)
+    monkeypatch.setattr("data_prep.s3._READ_ATTEMPTS", 3)
     try:
         if failures == 1:
             assert storage.read_bytes("s3://bucket/key") == b"whole object"

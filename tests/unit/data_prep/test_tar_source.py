@@ -115,7 +115,7 @@ def test_a_tar_whose_server_breaks_off_is_listed_or_named(nested, images, s3, tm
     storage.write_bytes(uri, nested)
     with faulty_proxy(s3.endpoint, Faults(0.2, seed=1)):
         assert len(list_items(uri)) == len(images)
-    monkeypatch.setattr("data_prep.s3._BODY_ATTEMPTS", 2)
+    monkeypatch.setattr("data_prep.s3._READ_ATTEMPTS", 2)
     with faulty_proxy(s3.endpoint, Faults(1.0)), pytest.raises(StorageError, match=f"^{uri}: ") as caught:
         list_items(uri)
     assert not isinstance(caught.value, DamageError)

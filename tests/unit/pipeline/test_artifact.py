@@ -97,3 +97,15 @@ def test_gits_revision_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert re.fullmatch("[0-9a-f]{40}", found)
     (here / "pipeline" / "cli.py").write_text("")
     assert artifact.revision(here) == f"{found}+changes"
+
+
+def test_a_training_that_goes_on_with_other_libraries_says_which():
+    """What is drawn for degradations depends on them."""
+    now = artifact.code_versions()
+    assert {"numpy", "pillow", "scipy", "libjpeg", "torch"} < set(now)
+    assert artifact.changed_libraries(now) == artifact.changed_libraries({}) == ""
+    assert artifact.changed_libraries(now | {"git": "another"}) == ""
+    assert artifact.changed_libraries(now | {"numpy": "1.0", "libjpeg": "6b"}) == (
+        f"goes on with numpy {now['numpy']} instead of 1.0, libjpeg {now['libjpeg']} instead of 6b: pairs and steps "
+        "may differ from those of before"
+    )
