@@ -74,8 +74,8 @@ class ShardReader:
     def read(self, shard: int, number: int) -> tuple[bytes, bytes]:
         """The original bytes of sample `number`, and its seek points; none where these are not the sidecar's.
 
-        Raises DamageError where the bytes are not what the index promises, in the store itself, too: no pixel depends on
-        seek points.
+        Raises DamageError where the bytes are not what the index promises, in the store itself, too: no pixel depends
+        on seek points.
         """
         sample = self._set.samples(shard)[number]
         descriptor = self._descriptor(shard)
