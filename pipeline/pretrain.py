@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import storage  # noqa: E402
-from pipeline import cluster, places, plan, report, stages, survey  # noqa: E402
+from pipeline import cluster, places, plan, report, signals, stages, survey  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
 from pipeline.errors import describe_os_error  # noqa: E402
@@ -50,6 +50,8 @@ def run(
     for line in said:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     found, chosen, tracker = prepare(recipe, choice)
+    tracker.say = lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+    tracker.end_left()
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     try:
         if any(entry.action == "run" for entry in planned):
@@ -85,6 +87,7 @@ def _run_stages(
         return stages.is_current(stage, artifact, tracker)
 
     for number, stage in enumerate(found, 1):
+        signals.check()
         missing = [name for name in stage.inputs if name not in finished]
         if missing:
             if stage.name in chosen:

@@ -27,6 +27,7 @@ from data_prep.redact import without_secrets
 from pipeline import config
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
+from pipeline.left_runs import Owner
 from pipeline.mlflow_search import all_pages
 from pipeline.mlflow_server import check_answers, is_server, sign_in
 from pipeline.patient import FAILURES, PATIENCE_S, Patient, may_pass, reason
@@ -59,6 +60,7 @@ class Tracker:
         self.parent_id: str | None = None  # the recipe's run, once work has begun
         self.pending: list[tuple[str, Metric]] = []
         self.later: list[tuple[str, str, Callable[[], None]]] = []  # run, what it is, how it is sent
+        self.owner = Owner(lambda: self.impatient, lambda text: self.say(text))
         self.begun: set[str] = set()  # runs that this process makes or goes on with
         self.gone: set[str] = set()  # of these, those that were found to be deleted
         self.lock = threading.RLock()  # records are handled in a thread, a stage's own in the main one
@@ -93,17 +95,31 @@ class Tracker:
             self.experiment_id = self._find_experiment() or self._make_experiment()
             found = self._find(self._parent_tags)
             if found:
-                self.client.update_run(found, status="RUNNING")
+                self._take_up(found)
             self.parent_id = found or self._make_parent()
-            self.begun.add(self.parent_id)
+            self._hold(self.parent_id)
         return self.parent_id
+
+    def _take_up(self, run_id: str) -> None:
+        self.client.update_run(run_id, status="RUNNING")
+        self.set_tags(run_id, self.owner.tags)
+
+    def _hold(self, run_id: str) -> None:
+        self.begun.add(run_id)
+        self.owner.hold(run_id)
+
+    def end_left(self) -> None:
+        """Mark as KILLED what killed processes have left RUNNING in the recipe's experiment, and say so."""
+        if self.experiment_id is not None:
+            self.owner.end_left(self.experiment_id)
 
     @property
     def _parent_tags(self) -> dict[str, str]:
         return {RECIPE_TAG: self.recipe.digest, "hatchery.storage": storage.normalise(self.recipe.storage.uri)}
 
     def _make_parent(self) -> str:
-        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=self._parent_tags)
+        tags = self._parent_tags | self.owner.tags
+        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=tags)
         resolved = self.recipe.model_dump(mode="json")
         self.client.log_dict(run.info.run_id, resolved, "recipe.yaml")
         self.log_params(run.info.run_id, config.flatten(resolved))
@@ -127,11 +143,12 @@ class Tracker:
         tags = {"mlflow.parentRunId": self.begin(), STAGE_TAG: stage, FINGERPRINT_TAG: fingerprint}
         found = self._find(tags)
         if found:
-            self.client.update_run(found, status="RUNNING")
+            self._take_up(found)
         else:
+            tags |= self.owner.tags
             found = str(self.client.create_run(self.experiment_id, run_name=stage, tags=tags).info.run_id)
             self.log_params(found, config.flatten(params))
-        self.begun.add(found)
+        self._hold(found)
         return found
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
@@ -282,6 +299,7 @@ class Tracker:
         """End a run that did what it was to do, once everything has arrived."""
         self.flush()
         self.client.set_terminated(run_id)
+        self.owner.release(run_id)
 
     def finish_left(self) -> None:
         """End the recipe's run of a process that was killed when all its work was done, if there is one."""
@@ -292,6 +310,7 @@ class Tracker:
     def abandon(self, run_id: str, error: BaseException) -> None:
         """End a run that an error ends. One attempt: what keeps MLflow from it is said and takes no error's place."""
         status = "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED"
+        self.owner.release(run_id)
         try:
             if is_server(self.uri):
                 check_answers(self.uri)  # within seconds: who pressed Ctrl-C waits for it

@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ from mlflow.entities import ViewType
 from rich.console import Console
 
 from data_prep import storage
-from pipeline import cluster, dry_run, pretrain, stages
+from pipeline import cluster, dry_run, pretrain, signals, stages
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
@@ -29,6 +32,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages here are stand-ins that need no cluster."""
     monkeypatch.setattr(cluster, "connected", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "shortage", lambda compute: None)
+    monkeypatch.setattr(pretrain.places, "check_shared", lambda uri: None)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
@@ -94,6 +98,72 @@ def test_the_state_says_how_a_run_ended(
     with pytest.raises(type(error), match=str(error)):
         pretrain.run(recipe, FIRST, console())
     assert states(recipe) == {"tiny": state, "shard-photographs": state}
+
+
+def test_a_stop_ends_a_stage_and_all_that_would_follow(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library takes the interrupt for itself."""
+    began = []
+
+    def swallow(work: stages.Work) -> Artifact:
+        began.append(work.stage.name)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        return work.publish({}, {})
+
+    def wait(work: stages.Work) -> Artifact:
+        began.append(work.stage.name)
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        time.sleep(20)
+        return work.publish({}, {})
+
+    begin = time.monotonic()
+    for does in (swallow, wait):
+        stage(monkeypatch, does)
+        with pytest.raises(Stopped), signals.ending():
+            pretrain.run(recipe, pretrain.Choice(stages=["shard"]), console())
+    assert began == ["shard-photographs", "shard-sharp"]
+    assert time.monotonic() - begin < 10
+    assert states(recipe) == {"tiny": "KILLED", "shard-photographs": "FINISHED", "shard-sharp": "KILLED"}
+
+
+def left(recipe: Recipe, **owner: object) -> Tracker:
+    """A recipe's run and a stage's, left RUNNING by another process."""
+    tracker = Tracker(recipe)
+    tracker.owner.record |= owner
+    tracker.stage_run("gone", "f", {})
+    return tracker
+
+
+def test_what_a_killed_run_left_running_is_ended_by_the_next_call(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(recipe, process_started=1.0)
+    stage(monkeypatch, lambda work: work.publish({}, {}))
+    told = console()
+    pretrain.run(recipe, FIRST, told)
+    assert states(recipe) == {"tiny": "FINISHED", "gone": "KILLED", "shard-photographs": "FINISHED"}
+    said = told.file.getvalue()  # type: ignore[attr-defined]
+    assert "MLflow run gone was left running by a process that died: marked as KILLED" in said
+
+
+def test_who_is_silent_on_another_machine_is_dead_and_who_is_not_lives(recipe: Recipe) -> None:
+    left(recipe, machine="another", pid=1).owner.done.set()
+    other = recipe.model_copy(update={"seed": 5, "name": "other"})
+    living = Tracker(other)
+    living.owner.record |= {"machine": "a third"}
+    living.owner.beat_s = 0.02
+    living.begin()
+    mine = Tracker(recipe.model_copy(update={"seed": 6, "name": "mine"}))
+    mine.owner.beat_s = 0.3
+    mine.end_left()
+    mine.begin()
+    until = time.monotonic() + 20
+    while states(recipe)["gone"] == "RUNNING" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert states(recipe) == {"tiny": "KILLED", "gone": "KILLED", "other": "RUNNING", "mine": "RUNNING"}
+    for tracker in (living, mine):
+        tracker.finish(tracker.begin())
 
 
 def test_an_absent_mlflow_takes_no_errors_place(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
