@@ -146,6 +146,12 @@ def recover(place: str) -> str | None:
     return storage.join(place, newest) if newest else None
 
 
+def committed(place: str) -> set[str]:
+    """The checkpoints on Ray Train's list; none where there is no list, or one that cannot be read."""
+    snapshot = storage.join(place, SNAPSHOT)
+    return set(_listed(storage.read_bytes(snapshot))) if storage.exists(snapshot) else set()
+
+
 def discard(place: str, name: str) -> bool:
     """Delete a checkpoint in favour of an older whole one, which `recover` then finds; False where none is kept.
 
