@@ -43,12 +43,13 @@ def save(
     metrics: dict[str, float],
     place: str,
     adversary: dict[str, Any] | None = None,
+    patience_s: float = UPLOAD_PATIENCE_S,
 ) -> None:
     """Collective: write this rank's file (None: it has nothing to save) and let it be uploaded in the background.
 
     meta: from rank 0 goes into the checkpoint; must hold "step" and "data_step". place: URI of the run's checkpoints.
     adversary: the discriminator's state, the same on all ranks.
-    An upload that fails for ten minutes raises in the training.
+    An upload that fails for `patience_s` raises in the training.
     """
     rank = ray.train.get_context().get_world_rank()
     reported = {"step": meta["step"], **metrics}
@@ -61,20 +62,24 @@ def save(
         torch.save(adversary, folder / ADVERSARY)
     if rank == 0:
         (folder / META).write_text(json.dumps(meta | {"code": code_versions(), "metrics": metrics}, indent=1))
+
+    def send(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        return _upload(Path(checkpoint.path), storage.join(place, name), patience_s)
+
     ray.train.report(
         reported,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         checkpoint_dir_name=name_of(meta),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=lambda checkpoint, name: _upload(Path(checkpoint.path), storage.join(place, name)),
+        checkpoint_upload_fn=send,
         delete_local_checkpoint_after_upload=False,
     )
 
 
-def _upload(folder: Path, uri: str) -> ray.train.Checkpoint:
+def _upload(folder: Path, uri: str, patience_s: float) -> ray.train.Checkpoint:
     """Upload one rank's files; removes the local ones after."""
     for file in sorted(folder.iterdir()):
-        upload(file, storage.join(uri, file.name))
+        upload(file, storage.join(uri, file.name), patience_s)
     shutil.rmtree(folder)
     return open_at(uri)
 

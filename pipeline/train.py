@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_prep import storage
 from data_prep.loader import Batch
-from model.blocks import DropPath, drop_paths, set_drop_path_draws
+from model.blocks import DropPath, set_drop_path_draws
 from pipeline import checkpoint, zero
 from pipeline.communication import CommunicationProbe
 from pipeline.config import digest_of
@@ -42,7 +42,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         run = set_up(job, config["mailbox"], config["images"])
         outcome = _train(run, alive)
         if run.validator is not None:
-            run.validator.wait()
+            run.validator.wait(alive.rearm)
         # calls arrive in order: once this one is answered, all records are there, and the process may end
         ray.get(run.mailbox.stop_requested.remote())
     return outcome
@@ -105,6 +105,7 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
             metrics = _log(run, window, probe.end(), rate)
         if run.validator is not None and (last or (every and run.step % every == 0)):
             metrics |= _validate(run, alive)
+            window.forget_memory()
         stop = stop or run.optimizer.stop_wanted
         due = due or run.optimizer.save_wanted or run.step % phase.checkpoint_every == 0 or last or stop
         if due and not bad_steps:  # amid bad steps the weights may be the cause: going back must not lead to them
@@ -144,7 +145,7 @@ def _global_batch(run: Run, window: Window) -> list[str]:
         with window.timing("data_wait_s"):
             batch = next(run.batches)
             keys += batch.keys
-        set_drop_path_draws(run.engine.module, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
+        set_drop_path_draws(run.drop_paths, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
         with window.timing("forward_s"):
             loss, seen = _weighted_loss(run, batch)
             run.optimizer.add_loss(loss)
@@ -164,7 +165,7 @@ def _drop_path_draws(run: Run) -> Tensor:
     Drawn for the whole global batch, so that it is the sample that counts and not the rank.
     """
     generator = torch.Generator().manual_seed(int(digest_of([run.job.seed, run.step])[:15], 16))
-    size = (run.job.phase.global_batch, len(drop_paths(run.engine.module)), DropPath.BRANCHES)
+    size = (run.job.phase.global_batch, len(run.drop_paths), DropPath.BRANCHES)
     mine = torch.rand(size, generator=generator)[run.rank :: run.world_size]
     return torch.cat([mine, torch.ones(1, *size[1:])]).to(run.device)
 
@@ -202,10 +203,9 @@ def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[
 def _validate(run: Run, alive: _Alarm) -> dict[str, float]:
     """Collective: judge the averaged weights, keep the best."""
     assert run.validator is not None
-    alive.rearm()
     weights = zero.gathered_ema(run.engine, run.ema, run.job.compute.zero_stage)
     network = fresh_network(run.job).to(run.device).eval()
-    record = run.validator.judge(network, weights, run.step, run.job.validation.pictures)
+    record = run.validator.judge(network, weights, run.step, run.job.validation.pictures, alive.rearm)
     run.report(record)
     metrics: dict[str, float] = record["metrics"]
     return metrics
@@ -251,8 +251,6 @@ def save(run: Run, metrics: dict[str, float]) -> None:
     """Collective. At ZeRO 0 every rank holds everything, so only rank 0 saves."""
     stage = run.job.compute.zero_stage
     best = run.validator.best if run.validator is not None else None
-    if run.validator is not None:
-        run.validator.wait()
     meta = {
         "step": run.step,
         "data_step": run.step + run.data_offset,
@@ -268,7 +266,7 @@ def save(run: Run, metrics: dict[str, float]) -> None:
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
     run.saved = checkpoint.name_of(meta)
     adversary = run.adversary.state() if run.adversary is not None and run.rank == 0 else None
-    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary)
+    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary, run.job.patience_s)
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:

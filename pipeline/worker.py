@@ -15,7 +15,7 @@ from data_prep.loader import Batch, PairLoader, PairSettings, micro_batches_per_
 from data_prep.shard_cache import default_cache
 from data_prep.uri import join
 from model import build
-from model.blocks import UpscalingNetwork
+from model.blocks import DropPath, UpscalingNetwork, drop_paths
 from model.init import bicubic_start
 from model.losses import Loss, with_adversary
 from model.precision import emulation_note, resolve_precision
@@ -30,7 +30,7 @@ from pipeline.launch import TrainJob
 from pipeline.objective import loss_of
 from pipeline.optimizer import GuardedAdam
 from pipeline.system import SystemWatch
-from pipeline.validate import Best, Validator
+from pipeline.validate import Validator, published_best
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Run:
     batches: Iterator[Batch]
     loss: Loss
     adversary: Adversary | None
+    drop_paths: list[DropPath]
     device: torch.device
     rank: int
     world_size: int
@@ -102,6 +103,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         batches=iter(_loader(job, micro_batch, rank, world_size, step + data_offset)),
         loss=loss,
         adversary=adversary,
+        drop_paths=drop_paths(network),
         device=device,
         rank=rank,
         world_size=world_size,
@@ -112,7 +114,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         data_offset=data_offset,
         saved=checkpoint.name_of(meta) if state is not None else None,
         mailbox=mailbox,
-        validator=_validator(job, images, meta),
+        validator=_validator(job, images),
         system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,
         peak_share_per_image_per_s=TRAINING_PASSES * macs / (peak_macs_per_s(device, bf16) * world_size),
     )
@@ -145,11 +147,11 @@ def _adversary(job: TrainJob, meta: dict[str, Any], device: torch.device, bf16: 
     return adversary
 
 
-def _validator(job: TrainJob, images: Any, meta: dict[str, Any]) -> Validator | None:
+def _validator(job: TrainJob, images: Any) -> Validator | None:
     if images is None:
         return None
-    best = Best.model_validate(meta["best"]) if meta.get("best") else None
-    return Validator(ray.get(images), job.gate_metric, join(job.checkpoints_uri, "best"), best)
+    place = join(job.checkpoints_uri, "best")
+    return Validator(ray.get(images), job.gate_metric, place, published_best(place, job.gate_metric), job.patience_s)
 
 
 def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, dict[str, Any]]:
