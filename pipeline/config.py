@@ -52,6 +52,9 @@ class StorageConfig(Settings):
         description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
         "and in a Ray job its path absolute",
     )
+    patience_s: float = Field(
+        21_600, ge=0, description="how long a run waits for a storage that does not answer, a training beside its work"
+    )
     s3: S3Config = S3Config()
 
     @field_validator("uri")
@@ -74,6 +77,12 @@ class TrackingConfig(Settings):
     )
     experiment: str = Field(
         "hatchery", min_length=1, max_length=500, description="MLflow experiment that holds the runs"
+    )
+    patience_s: float = Field(
+        21_600,
+        ge=0,
+        description="how long a stage waits for an MLflow that does not answer at its beginning or end; what a "
+        "training has for it meanwhile is kept on disk",
     )
 
 

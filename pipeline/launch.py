@@ -4,9 +4,9 @@ Does not import DeepSpeed: a worker must set its environment before that, and a 
 (tests/unit/test_imports.py checks).
 """
 
+import functools
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -18,7 +18,7 @@ import ray.train.torch
 from pydantic import Field
 
 from data_prep import storage
-from pipeline import checkpoint, cluster, signals
+from pipeline import checkpoint, cluster, signals, waiting
 from pipeline.artifact import Artifact
 from pipeline.config import (
     ComputeConfig,
@@ -33,10 +33,11 @@ from pipeline.errors import Stopped
 from pipeline.monitor import Monitor, Record
 from pipeline.validate import ImagePair
 
-STORAGE_RETRIES = 5
-"""Times that a training is begun again without a further checkpoint while reading from the storage fails."""
 LOSS_RETRIES = 1
-"""The same where its processes are lost; each time Ray Train restarts them `compute.max_failures` times itself."""
+"""Times that a training is begun again without a further checkpoint where its processes are lost.
+
+Each time Ray Train restarts them `compute.max_failures` times itself.
+"""
 
 
 class TrainJob(Settings):
@@ -145,13 +146,15 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: sig
                 if isinstance(error, ValueError) and not _may_pass(error):
                     raise error from None
             unread = next(filter(_may_pass, errors), None)
-            waited_s, there = _wait_for_storage(job, asked)
+            ask = functools.partial(checkpoint.committed, job.checkpoints_uri)
+            waited_s, there = waiting.until_it_answers(ask, job.patience_s, lambda: asked.signal is None)
             if asked.signal is not None:
                 note = f"{job.name} was asked to stop when it was to begin again; its last checkpoint is kept"
                 raise Stopped(note, asked.exit_code) from None
+            assert there is not None, "waited for, unless asked to stop"
             stuck = 0 if there - (known or set()) or waited_s else stuck + 1
             known = (known or set()) | there
-            if stuck > (STORAGE_RETRIES if unread else LOSS_RETRIES):
+            if stuck > (waiting.RETRIES if unread else LOSS_RETRIES):
                 raise (unread or failure) from None
             why = "lost its processes again and again"
             if unread or waited_s:
@@ -163,25 +166,6 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: sig
 def _may_pass(error: Exception) -> bool:
     """Whether a worker failed because the storage did not answer; what is damaged stays so."""
     return isinstance(error, storage.StorageError) and not isinstance(error, storage.DamageError)
-
-
-def _wait_for_storage(job: TrainJob, asked: signals.Asked) -> tuple[float, set[str]]:
-    """Wait until the storage answers or the run is asked to stop: how long, in s, and the checkpoints committed there.
-
-    StorageError where it stays away.
-    """
-    begin, away = time.monotonic(), False
-    while True:
-        try:
-            there = checkpoint.committed(job.checkpoints_uri)
-            return time.monotonic() - begin if away else 0.0, there
-        except storage.StorageError:
-            away, waited_s = True, time.monotonic() - begin
-            if asked.signal is not None:
-                return waited_s, set()
-            if waited_s > job.patience_s:
-                raise
-            time.sleep(5)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):

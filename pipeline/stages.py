@@ -149,6 +149,7 @@ def run_train(work: Work) -> Artifact:
         validation=work.recipe.validation,
         gate_metric=work.recipe.registry.gate.validation_metric,
         checkpoints_uri=storage.join(work.place, "checkpoints"),
+        patience_s=work.recipe.storage.patience_s,
     )
     last: dict[str, float] = {}
     saved = run_training(job, _training_records(work, last), _validation_images(work, training.scale))

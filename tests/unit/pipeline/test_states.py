@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from rich.console import Console
 
 from data_prep import storage
-from pipeline import cluster, dry_run, pretrain, signals, stages
+from pipeline import cluster, dry_run, pretrain, signals, stages, waiting
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
@@ -263,3 +264,63 @@ def test_a_stage_counts_as_done_only_when_mlflow_has_all_of_it(
     again = console()
     pretrain.run(recipe, FIRST, again)
     assert "nothing to run" in again.file.getvalue()  # type: ignore[attr-defined]
+
+
+def away() -> storage.StorageError:
+    """What a storage that does not answer is told by."""
+    error = storage.StorageError("s3://bucket/key: the server does not answer")
+    error.__cause__ = EndpointConnectionError(endpoint_url="http://s3")
+    return error
+
+
+def test_a_stage_waits_for_a_storage_that_is_away_and_is_begun_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, asked, working = [], [], storage.exists
+
+    def lose(work: stages.Work) -> Artifact:
+        tries.append(work.stage.name)
+        if len(tries) == 1:
+            monkeypatch.setattr(storage, "exists", exists)
+            raise storage.StorageError("s3://bucket/key: told by a task, without what caused it")
+        return work.publish({}, {})
+
+    def exists(uri: str) -> bool:
+        asked.append(uri)
+        if len(asked) < 3:
+            raise away()
+        return working(uri)
+
+    monkeypatch.setattr(waiting, "PAUSE_S", 0.01)
+    stage(monkeypatch, lose)
+    pretrain.run(recipe, FIRST, console())
+    assert len(tries) == 2
+    assert states(recipe) == {"tiny": "FINISHED", "shard-photographs": "FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_away"), [(away(), True), (storage.StorageError("access denied"), False), (away(), False)]
+)
+def test_what_waiting_does_not_mend_ends_a_stage(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception, is_away: bool
+) -> None:
+    """A storage that stays away, one that refuses, and a local disk that is full."""
+    recipe = recipe.model_copy(
+        update={"storage": recipe.storage.model_copy(update={"patience_s": 0.1}), "seed": len(str(error))}
+    )
+    tries = []
+
+    def lose(work: stages.Work) -> Artifact:
+        tries.append(1)
+        if is_away:
+            monkeypatch.setattr(storage, "exists", refuse)
+        raise error
+
+    def refuse(uri: str) -> bool:
+        raise away()
+
+    monkeypatch.setattr(waiting, "PAUSE_S", 0.05)
+    stage(monkeypatch, lose)
+    with pytest.raises(storage.StorageError):
+        pretrain.run(recipe, FIRST, console())
+    assert len(tries) == 1

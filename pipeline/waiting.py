@@ -1,0 +1,34 @@
+"""Patience with the storage: a call is repeated until the storage answers."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from data_prep import storage
+
+T = TypeVar("T")
+
+RETRIES = 5
+"""Times that work is begun again without getting further though the storage answers, and reading from it fails."""
+PAUSE_S = 5.0
+
+
+def until_it_answers(
+    ask: Callable[[], T], patience_s: float, is_wanted: Callable[[], bool] = lambda: True
+) -> tuple[float, T | None]:
+    """How long the storage was away, in s, and what `ask` gives; None where the answer was wanted no longer.
+
+    StorageError where it stays away for `patience_s`.
+    """
+    begin = time.monotonic()
+    away_s = 0.0
+    while True:
+        try:
+            return away_s, ask()
+        except storage.StorageError:
+            if time.monotonic() - begin > patience_s:
+                raise
+        if not is_wanted():
+            return away_s, None
+        time.sleep(PAUSE_S)
+        away_s = time.monotonic() - begin
