@@ -122,6 +122,11 @@ class ComputeConfig(Settings):
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
     )
+    start_timeout_s: float = Field(
+        3600,
+        gt=0,
+        description="the same for each part of its start, the first step included, at which `compile` compiles",
+    )
     checkpoint_every_s: float | None = Field(
         600, gt=0, description="longest time between checkpoints, beside the phase's checkpoint_every; null: no limit"
     )

@@ -204,7 +204,10 @@ def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any
             "use_gpu": use_gpu,
             **references,
         },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(compute.hang_timeout_s)),
+        # of collectives: who waits for a process that still compiles is not to give up before it
+        torch_config=ray.train.torch.TorchConfig(
+            timeout_s=math.ceil(max(compute.start_timeout_s, compute.hang_timeout_s))
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.num_workers,
             elastic_resize_monitor_interval_s=compute.resize_every_s,

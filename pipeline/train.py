@@ -38,8 +38,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     config: {"job": TrainJob as dict, "mailbox": actor handle, "images": reference to validation images or None}.
     """
     job = TrainJob.model_validate(config["job"])
-    with _not_hanging(job.compute.hang_timeout_s) as alive:
-        run = set_up(job, config["mailbox"], config["images"])
+    with _not_hanging(job.compute.start_timeout_s, job.compute.hang_timeout_s) as alive:
+        run = set_up(job, config["mailbox"], config["images"], alive.rearm)
         outcome = _train(run, alive)
         if run.validator is not None:
             run.validator.wait(alive.rearm)
@@ -51,12 +51,19 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 class _Alarm:
     """Ends this process, with every thread's traceback in its log, unless `rearm` is called in time.
 
-    Works even where the interpreter is stuck in a library; Ray sees a dead worker and restarts the group.
+    Each part of the start may take `start_s`, each step after the first one `step_s`. Works even where the interpreter
+    is stuck in a library; Ray sees a dead worker and restarts the group.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, start_s: float, step_s: float) -> None:
+        self.timeout_s, self.step_s = start_s, step_s
         self.armed_at = float("-inf")
+
+    def started(self) -> None:
+        """A step is done: what is compiled at the first one is compiled."""
+        if self.timeout_s != self.step_s:
+            self.timeout_s, self.armed_at = self.step_s, float("-inf")
+        self.rearm()
 
     def rearm(self) -> None:
         """A sign of life."""
@@ -66,8 +73,8 @@ class _Alarm:
 
 
 @contextmanager
-def _not_hanging(timeout_s: float) -> Iterator[_Alarm]:
-    alarm = _Alarm(timeout_s)
+def _not_hanging(start_s: float, step_s: float) -> Iterator[_Alarm]:
+    alarm = _Alarm(start_s, step_s)
     alarm.rearm()
     try:
         yield alarm
@@ -84,7 +91,6 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     trace, due, stop = _Trace(run), False, False
     run.budget.start_clock()
     while not run.budget.is_over(run.step):
-        alive.rearm()
         last, logging = run.step + 1 == run.budget.steps, (run.step + 1) % phase.log_every == 0
         if last or logging:
             probe.begin()
@@ -92,6 +98,7 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
         rate = learning_rate(run.step, phase, run.budget.steps)
         wishes = {"want_stop": run.rank == 0 and watch.poll(), "want_save": saves.poll()}
         keys = step(run, window, rate, **wishes, want_settle=run.rank == 0 and run.budget.is_due)
+        alive.started()
         trace.after_step()
         bad_steps = 0 if run.optimizer.applied else bad_steps + 1
         if bad_steps:

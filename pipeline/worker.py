@@ -1,6 +1,6 @@
 """The live objects of one training process, and how they are set up: fresh, from weights, or from a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,11 @@ class Run:
             self.mailbox.post.remote({"step": self.step, **record})
 
 
-def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
-    """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None."""
+def set_up(job: TrainJob, mailbox: Any, images: Any, alive: Callable[[], object] = lambda: None) -> Run:
+    """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None.
+
+    alive: called between the parts, each of which may take minutes.
+    """
     checkpoint.sweep()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -78,23 +81,30 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         torch.set_num_threads(job.compute.cpus_per_worker)
         keep_freed_memory()
     bf16 = _agree(resolve_precision(job.phase.precision, device) == "bf16", device)
+    alive()
     network, state, meta = _start(job)
+    alive()
     network.to(device)
     macs = macs_per_sample(network, job.phase.patch_px)
-    if job.compute.compile:
-        network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
     micro_batch, loss = job.compute.micro_batch, loss_of(job.phase, device)
     adversary = _adversary(job, meta, device, bf16)
     if adversary is not None:
         loss = with_adversary(loss, adversary.loss)
     if micro_batch == "auto":
+        alive()
         micro_batch = find_micro_batch(network, loss, job.phase, job.compute, job.training.scale, bf16)
+    if (
+        job.compute.compile
+    ):  # after the trials, each of which would be compiled; that of the batch is, at the first step
+        network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
+    alive()
     step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
     engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)
     ema = zero.PartitionedEMA(engine, job.phase.ema_decay)
     if state is not None:
         zero.restore(engine, ema, state, meta["optimizer_steps"])
     engine.train()
+    alive()
     run = Run(
         job=job,
         engine=engine,
@@ -118,6 +128,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,
         peak_share_per_image_per_s=TRAINING_PASSES * macs / (peak_macs_per_s(device, bf16) * world_size),
     )
+    alive()
     if note := emulation_note(job.phase.precision, device):
         run.report({"warning": note})
     used = {"precision_used": "bf16" if bf16 else "fp32", "device": str(device), "workers_used": world_size}

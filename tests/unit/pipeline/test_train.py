@@ -35,7 +35,7 @@ class Loop:
         run.saved = f"step-{run.step}"
 
     def outcome(self) -> dict[str, Any]:
-        return train._train(self.run, SimpleNamespace(rearm=lambda: None))  # type: ignore[arg-type]
+        return train._train(self.run, SimpleNamespace(rearm=lambda: None, started=lambda: None))  # type: ignore[arg-type]
 
 
 def test_a_save_amid_bad_steps_waits_for_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,3 +76,16 @@ def test_names_of_bad_steps_say_whose_loss_it_was() -> None:
     optimizer = SimpleNamespace(loss=float("inf"), grad_norm=1.5)
     train._tell_of_bad_step(SimpleNamespace(step=3, rank=1, mailbox=mailbox, optimizer=optimizer), ["a", "b"])  # type: ignore[arg-type]
     assert posted == [{"step": 3, "warning": "step 3 not applied: gradient norm 1.5; rank 1 had loss inf from a, b"}]
+
+
+def test_the_start_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[float] = []
+    monkeypatch.setattr(train.faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append(seconds))
+    with train._not_hanging(3600, 900) as alive:
+        alive.armed_at -= 10
+        alive.rearm()  # a part of the start is over
+        assert armed == [3600, 3600]
+        alive.started()  # at once, though the last sign of life was just now
+        assert armed == [3600, 3600, 900]
+        alive.started()
+        assert armed == [3600, 3600, 900]
