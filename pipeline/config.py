@@ -308,7 +308,9 @@ class PhaseConfig(Settings):
     checkpoint_every: int = Field(
         5000, ge=1, description="steps between checkpoints; compute.checkpoint_every_s makes more where steps are slow"
     )
-    log_every: int = Field(100, ge=1, description="steps between metrics")
+    log_every: int = Field(
+        100, ge=1, description="steps between metrics; more where a training would tell of them over 40,000 times"
+    )
 
     def what(self) -> dict[str, Any]:
         """What decides the result: all but intervals, caches, and the way on for a training that damage stopped.

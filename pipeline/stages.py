@@ -31,6 +31,7 @@ from pipeline.plan import Stage
 from pipeline.progress import Display
 from pipeline.published import preset_of
 from pipeline.rivals import judge_candidate
+from pipeline.system_summary import SystemSummary
 from pipeline.tracking import Tracker, warning_tags
 from pipeline.validate import ImagePair, read_best
 
@@ -176,8 +177,11 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
 
 def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], None]:
     """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
+    cluster, steps = SystemSummary(), 0
 
     def handle(record: Record) -> None:
+        nonlocal steps
+        steps = record.get("steps", steps)
         step, say = record["step"], f"      {work.stage.name}: "
         if "params" in record:
             used = record["params"]
@@ -191,8 +195,8 @@ def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], 
         if "settled" in record:
             work.display.say(f"{say}{record['settled']} steps in all, as measured until step {step}")
             work.tracker.tag_later(work.run_id, {"hatchery.steps": str(record["settled"])})
-        if "system" in record:
-            work.tracker.log_metrics(work.run_id, record["system"], step)
+        if "system" in record and (found := cluster.add(record["system"], step, steps)):
+            work.tracker.log_metrics(work.run_id, found, step)
         for name, content in record.get("pictures", {}).items():
             work.tracker.log_bytes_later(work.run_id, f"validation/step-{step:08d}/{name}", content)
         for name, uri in record.get("files", {}).items():

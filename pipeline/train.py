@@ -29,6 +29,8 @@ from pipeline.schedule import learning_rate
 from pipeline.window import Window
 from pipeline.worker import Run, fresh_network, set_up
 
+MOST_LOGS = 40_000
+"""Times that a training tells of its metrics: MLflow keeps a row for each of them and each time."""
 TRACE_PATIENCE_S = 60  # training waits meanwhile: a trace is not worth more
 
 
@@ -91,7 +93,7 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     trace, due, stop = _Trace(run), False, False
     run.budget.start_clock()
     while not run.budget.is_over(run.step):
-        last, logging = run.step + 1 == run.budget.steps, (run.step + 1) % phase.log_every == 0
+        last, logging = run.step + 1 == run.budget.steps, (run.step + 1) % log_interval(run) == 0
         if last or logging:
             probe.begin()
         trace.before_step()
@@ -124,6 +126,11 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
             if stop and not last:
                 return {"kind": "stopped", "step": run.step}
     return {"kind": "done", "step": run.step}
+
+
+def log_interval(run: Run) -> int:
+    """Steps between two logs: the phase's, or more where there would be too many."""
+    return max(run.job.phase.log_every, -(-(run.budget.steps or 0) // MOST_LOGS))
 
 
 def step(run: Run, window: Window, rate: float, **wishes: bool) -> list[str]:
