@@ -177,10 +177,10 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
 
 def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], None]:
     """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
-    cluster, steps = SystemSummary(), 0
+    cluster, steps, bad_steps = SystemSummary(), 0, 0
 
     def handle(record: Record) -> None:
-        nonlocal steps
+        nonlocal steps, bad_steps
         steps = record.get("steps", steps)
         step, say = record["step"], f"      {work.stage.name}: "
         if "params" in record:
@@ -192,6 +192,12 @@ def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], 
         if "warning" in record:
             work.display.say(say + record["warning"])
             work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))
+        if "bad_step" in record:
+            bad_steps += 1
+            work.display.say(say + record["bad_step"]["said"])
+            content = json.dumps(record["bad_step"], indent=1).encode()
+            work.tracker.log_bytes_later(work.run_id, f"bad-steps/step-{step:08d}.json", content)
+            work.tracker.log_metrics(work.run_id, {"bad_steps": bad_steps}, step)
         if "settled" in record:
             work.display.say(f"{say}{record['settled']} steps in all, as measured until step {step}")
             work.tracker.tag_later(work.run_id, {"hatchery.steps": str(record["settled"])})

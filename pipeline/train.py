@@ -5,6 +5,7 @@ workers, and a run that was stopped anywhere continues from its last checkpoint 
 """
 
 import faulthandler
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data_prep import storage
@@ -31,6 +33,8 @@ from pipeline.worker import Run, fresh_network, set_up
 
 MOST_LOGS = 40_000
 """Times that a training tells of its metrics: MLflow keeps a row for each of them and each time."""
+BAD_RANKS_NAMED = 4
+"""So many ranks of a step that was not applied are named at once; all of them are in MLflow."""
 TRACE_PATIENCE_S = 60  # training waits meanwhile: a trace is not worth more
 
 
@@ -284,10 +288,23 @@ def save(run: Run, metrics: dict[str, float]) -> None:
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:
-    """Every rank names the samples of a step that was not applied."""
-    had = f"rank {run.rank} had loss {float(run.optimizer.loss):.5g} from {', '.join(keys)}"
-    warning = f"step {run.step} not applied: gradient norm {run.optimizer.grad_norm:.5g}; {had}"
-    run.mailbox.post.remote({"step": run.step, "warning": warning})
+    """Collective: rank 0 tells the driver of a step that was not applied: every rank's loss and samples."""
+    ranks: list[Any] | None = [None] * run.world_size if run.rank == 0 else None
+    # figures as text: JSON knows no NaN
+    mine = {"rank": run.rank, "loss": f"{float(run.optimizer.loss):.5g}", "samples": keys}
+    dist.gather_object(mine, ranks)
+    if ranks is None:
+        return
+    guilty = [found for found in ranks if not math.isfinite(float(found["loss"]))] or ranks
+    named = [
+        f"rank {found['rank']} had loss {found['loss']} from {', '.join(found['samples'])}"
+        for found in guilty[:BAD_RANKS_NAMED]
+    ]
+    if len(guilty) > len(named):
+        named.append(f"{len(guilty) - len(named)} ranks more")
+    norm = f"{run.optimizer.grad_norm:.5g}"
+    said = f"step {run.step} not applied: gradient norm {norm}; {'; '.join(named)}"
+    run.report({"bad_step": {"said": said, "gradient_norm": norm, "ranks": ranks}})
 
 
 def _roll_back(run: Run, bad_steps: int) -> dict[str, Any]:

@@ -107,6 +107,23 @@ def test_every_ranks_warning_is_kept_whole(tracker: Tracker, said: list[str]) ->
     assert said == [f"      train: {warning}" for warning in warnings]
 
 
+def test_a_bad_step_is_one_file_and_a_count(tracker: Tracker, said: list[str]) -> None:
+    run_id = tracker.stage_run("train", "bad", {})
+    work = SimpleNamespace(
+        stage=SimpleNamespace(name="train"), tracker=tracker, run_id=run_id, display=SimpleNamespace(say=said.append)
+    )
+    handle = stages._training_records(work, {})
+    for step in (7, 8):
+        handle({"step": step, "bad_step": {"said": f"step {step} not applied", "ranks": [{}] * 64}})
+    tracker.flush()
+    run = tracker.client.get_run(run_id)
+    assert run.data.metrics == {"bad_steps": 2}
+    assert not any("warning" in tag for tag in run.data.tags)
+    files = [file.path for file in tracker.client.list_artifacts(run_id, "bad-steps")]
+    assert files == ["bad-steps/step-00000007.json", "bad-steps/step-00000008.json"]
+    assert said == ["      train: step 7 not applied", "      train: step 8 not applied"]
+
+
 @pytest.mark.parametrize("name", ["o'brien", '100% "sure" #1 & o\'x;y'])
 def test_storage_of_any_name_finds_its_runs_again(tmp_path: Path, name: str) -> None:
     recipe = recipe_in(tmp_path / name)
