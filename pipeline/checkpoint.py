@@ -10,6 +10,7 @@ generator to save.
 import json
 import shutil
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -44,8 +45,10 @@ def save(
     place: str,
     adversary: dict[str, Any] | None = None,
     patience_s: float = UPLOAD_PATIENCE_S,
-) -> None:
+) -> threading.Event:
     """Collective: write this rank's file (None: it has nothing to save) and let it be uploaded in the background.
+
+    Gives an event that is set when this rank's upload is over.
 
     meta: from rank 0 goes into the checkpoint; must hold "step" and "data_step". place: URI of the run's checkpoints.
     adversary: the discriminator's state, the same on all ranks.
@@ -53,9 +56,11 @@ def save(
     """
     rank = ray.train.get_context().get_world_rank()
     reported = {"step": meta["step"], **metrics}
+    over = threading.Event()
     if part is None:
+        over.set()
         ray.train.report(reported)
-        return
+        return over
     folder = Path(tempfile.mkdtemp(prefix=storage.owned(FOLDER)))
     torch.save(part, folder / part_name(rank))
     if rank == 0 and adversary is not None:
@@ -64,7 +69,10 @@ def save(
         (folder / META).write_text(json.dumps(meta | {"code": code_versions(), "metrics": metrics}, indent=1))
 
     def send(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
-        return _upload(Path(checkpoint.path), storage.join(place, name), patience_s)
+        try:
+            return _upload(Path(checkpoint.path), storage.join(place, name), patience_s)
+        finally:
+            over.set()
 
     ray.train.report(
         reported,
@@ -74,6 +82,7 @@ def save(
         checkpoint_upload_fn=send,
         delete_local_checkpoint_after_upload=False,
     )
+    return over
 
 
 def _upload(folder: Path, uri: str, patience_s: float) -> ray.train.Checkpoint:

@@ -7,6 +7,7 @@ workers, and a run that was stopped anywhere continues from its last checkpoint 
 import faulthandler
 import math
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,10 +123,10 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
         stop = stop or run.optimizer.stop_wanted
         due = due or run.optimizer.save_wanted or run.step % phase.checkpoint_every == 0 or last or stop
         if due and not bad_steps:  # amid bad steps the weights may be the cause: going back must not lead to them
-            save(run, metrics)
+            uploaded = save(run, metrics)
             if saves.preempted:
                 run.report({"warning": f"a node is being taken away: saved a checkpoint at step {run.step}"})
-            saves.saved()
+            saves.saved(uploaded)
             due = False
             if stop and not last:
                 return {"kind": "stopped", "step": run.step}
@@ -265,8 +266,8 @@ class _Trace:
             checkpoint.upload(Path(folder, name), uri, TRACE_PATIENCE_S)
 
 
-def save(run: Run, metrics: dict[str, float]) -> None:
-    """Collective. At ZeRO 0 every rank holds everything, so only rank 0 saves."""
+def save(run: Run, metrics: dict[str, float]) -> threading.Event:
+    """Collective; tells when this rank's part is uploaded. At ZeRO 0 every rank holds everything: only rank 0 saves."""
     stage = run.job.compute.zero_stage
     best = run.validator.best if run.validator is not None else None
     meta = {
@@ -284,7 +285,7 @@ def save(run: Run, metrics: dict[str, float]) -> None:
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
     run.saved = checkpoint.name_of(meta)
     adversary = run.adversary.state() if run.adversary is not None and run.rank == 0 else None
-    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary, run.job.patience_s)
+    return checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary, run.job.patience_s)
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:
