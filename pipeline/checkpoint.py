@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import threading
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ray.train import CheckpointUploadMode
 from torch import Tensor
 
 from data_prep import storage
+from pipeline import waiting
 from pipeline.artifact import code_versions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -45,6 +46,7 @@ def save(
     place: str,
     adversary: dict[str, Any] | None = None,
     patience_s: float = UPLOAD_PATIENCE_S,
+    say: Callable[[str], object] = lambda text: None,
 ) -> threading.Event:
     """Collective: write this rank's file (None: it has nothing to save) and let it be uploaded in the background.
 
@@ -52,7 +54,7 @@ def save(
 
     meta: from rank 0 goes into the checkpoint; must hold "step" and "data_step". place: URI of the run's checkpoints.
     adversary: the discriminator's state, the same on all ranks.
-    An upload that fails for `patience_s` raises in the training.
+    say: told, in a thread, of an upload that has to wait; one that fails for `patience_s` raises in the training.
     """
     rank = ray.train.get_context().get_world_rank()
     reported = {"step": meta["step"], **metrics}
@@ -70,7 +72,7 @@ def save(
 
     def send(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
         try:
-            return _upload(Path(checkpoint.path), storage.join(place, name), patience_s)
+            return _upload(Path(checkpoint.path), storage.join(place, name), patience_s, say)
         finally:
             over.set()
 
@@ -85,24 +87,25 @@ def save(
     return over
 
 
-def _upload(folder: Path, uri: str, patience_s: float) -> ray.train.Checkpoint:
+def _upload(folder: Path, uri: str, patience_s: float, say: Callable[[str], object]) -> ray.train.Checkpoint:
     """Upload one rank's files; removes the local ones after."""
     for file in sorted(folder.iterdir()):
-        upload(file, storage.join(uri, file.name), patience_s)
+        upload(file, storage.join(uri, file.name), patience_s, say)
     shutil.rmtree(folder)
     return open_at(uri)
 
 
-def upload(file: Path, uri: str, patience_s: float = UPLOAD_PATIENCE_S) -> None:
-    """Upload a local file, trying again while the storage does not answer; StorageError where it stays away."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return storage.upload(file, uri)
-        except storage.StorageError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(5)
+def upload(
+    file: Path,
+    uri: str,
+    patience_s: float = UPLOAD_PATIENCE_S,
+    say: Callable[[str], object] = lambda text: None,
+) -> None:
+    """Upload a local file, trying again while the storage does not answer; StorageError where it stays away.
+
+    say: told that it has to be tried again.
+    """
+    waiting.until_it_answers(lambda: storage.upload(file, uri), patience_s, say=say)
 
 
 def sweep() -> None:

@@ -135,8 +135,7 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: sig
         try:
             recovered = checkpoint.recover(job.checkpoints_uri)
             if recovered:
-                note = f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}"
-                monitor.handle({"step": max(monitor.last_step, 0), "warning": note})
+                _warn(monitor, f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}")
             if known is None:
                 known = checkpoint.committed(job.checkpoints_uri)
             return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
@@ -147,7 +146,8 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: sig
                     raise error from None
             unread = next(filter(_may_pass, errors), None)
             ask = functools.partial(checkpoint.committed, job.checkpoints_uri)
-            waited_s, there = waiting.until_it_answers(ask, job.patience_s, lambda: asked.signal is None)
+            say = functools.partial(_warn, monitor)
+            waited_s, there = waiting.until_it_answers(ask, job.patience_s, lambda: asked.signal is None, say)
             if asked.signal is not None:
                 note = f"{job.name} was asked to stop when it was to begin again; its last checkpoint is kept"
                 raise Stopped(note, asked.exit_code) from None
@@ -159,8 +159,11 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: sig
             why = "lost its processes again and again"
             if unread or waited_s:
                 why = f"the storage was away, waited {waited_s:.0f} s{f' ({unread})' if unread else ''}"
-            warning = f"{why}: going on from the last checkpoint"
-            monitor.handle({"step": max(monitor.last_step, 0), "warning": warning})
+            _warn(monitor, f"{why}: going on from the last checkpoint")
+
+
+def _warn(monitor: Monitor, text: str) -> None:
+    monitor.handle({"step": max(monitor.last_step, 0), "warning": text})
 
 
 def _may_pass(error: Exception) -> bool:

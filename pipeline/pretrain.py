@@ -146,7 +146,9 @@ def _patiently(recipe: Recipe, display: Display, work: Callable[[], T]) -> T:
         try:
             return work()
         except storage.StorageError as error:
-            waited_s, _ = waiting.until_it_answers(lambda: storage.exists(probe), recipe.storage.patience_s)
+            waited_s, _ = waiting.until_it_answers(
+                lambda: storage.exists(probe), recipe.storage.patience_s, say=lambda text: display.say(f"      {text}")
+            )
             stuck = 0 if waited_s else stuck + 1
             may_pass = storage.may_pass(error) and not storage.is_local(recipe.storage.uri)  # a disk may be full
             if stuck > (waiting.RETRIES if may_pass else 0):

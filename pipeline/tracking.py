@@ -118,7 +118,8 @@ class Tracker:
     def end_left(self) -> None:
         """Mark as KILLED what killed processes have left RUNNING in the recipe's experiment, and say so."""
         if self.experiment_id is not None:
-            self.owner.end_left(self.experiment_id)
+            with suppress(*FAILURES):  # no work depends on it
+                self.owner.end_left(self.experiment_id)
 
     @property
     def _parent_tags(self) -> dict[str, str]:

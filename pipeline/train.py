@@ -5,6 +5,7 @@ workers, and a run that was stopped anywhere continues from its last checkpoint 
 """
 
 import faulthandler
+import functools
 import math
 import tempfile
 import threading
@@ -269,7 +270,6 @@ class _Trace:
 def save(run: Run, metrics: dict[str, float]) -> threading.Event:
     """Collective; tells when this rank's part is uploaded. At ZeRO 0 every rank holds everything: only rank 0 saves."""
     stage = run.job.compute.zero_stage
-    best = run.validator.best if run.validator is not None else None
     meta = {
         "step": run.step,
         "data_step": run.step + run.data_offset,
@@ -279,13 +279,17 @@ def save(run: Run, metrics: dict[str, float]) -> threading.Event:
         "zero_stage": stage,
         "world_size": run.world_size,
         "layout": zero.layout(run.engine, stage),
-        "best": best.model_dump() if best else None,
         **run.budget.as_meta(),
     }
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
     run.saved = checkpoint.name_of(meta)
     adversary = run.adversary.state() if run.adversary is not None and run.rank == 0 else None
-    return checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary, run.job.patience_s)
+    say = functools.partial(_warn_of_upload, run)
+    return checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary, run.job.patience_s, say)
+
+
+def _warn_of_upload(run: Run, text: str) -> None:
+    run.report({"warning": f"a checkpoint waits for the storage: {text}"})
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:

@@ -273,6 +273,26 @@ def away() -> storage.StorageError:
     return error
 
 
+def test_a_storage_that_says_no_is_asked_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "PAUSE_S", 0.02)
+    monkeypatch.setattr(waiting, "REFUSED_S", 0.1)
+    errors, said = [away()] * 20 + [storage.StorageError("access denied")] * 2, []
+
+    def ask() -> str:
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    waited_s, answer = waiting.until_it_answers(ask, 100, say=said.append)
+    assert answer == "answer"
+    assert waited_s > 0.4
+    assert said == ["access denied: trying again for 0 minutes"]
+    errors += [storage.StorageError("access denied")] * 50
+    with pytest.raises(storage.StorageError, match="access denied"):
+        waiting.until_it_answers(ask, 100)
+    assert waiting.until_it_answers(ask, 100, lambda: False)[1] is None
+
+
 def test_a_stage_waits_for_a_storage_that_is_away_and_is_begun_again(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
