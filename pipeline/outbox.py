@@ -7,7 +7,7 @@ of those that are no more. An entry may be sent twice, which MLflow takes as onc
 import fcntl
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
@@ -17,10 +17,10 @@ Entry = dict[str, Any]
 
 
 class Outbox:
-    """Entries below a folder, of one recipe by its key; nothing is made before there is something to keep."""
+    """Entries of one recipe, by its key, in the folder that `place` gives when it is needed."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder = folder
+    def __init__(self, place: Callable[[], Path], key: str) -> None:
+        self.place = place
         self.key = key
         self.own: TextIOWrapper | None = None
         self.adopted: list[TextIOWrapper] = []
@@ -28,8 +28,9 @@ class Outbox:
     def keep(self, entries: Iterable[Entry]) -> None:
         """Append entries; OSError where the disk does not take them."""
         if self.own is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.own = (self.folder / f"{self.key}-{uuid.uuid4().hex}.jsonl").open("a+")
+            folder = self.place()
+            folder.mkdir(parents=True, exist_ok=True)
+            self.own = (folder / f"{self.key}-{uuid.uuid4().hex}.jsonl").open("a+")
             fcntl.flock(self.own, fcntl.LOCK_EX)
         self.own.writelines(f"{json.dumps(entry)}\n" for entry in entries)
         self.own.flush()
@@ -37,7 +38,7 @@ class Outbox:
     def adopt(self) -> list[Entry]:
         """What processes have left that are no more; it stays on the disk until `clear`."""
         found: list[Entry] = []
-        for path in sorted(self.folder.glob(f"{self.key}-*.jsonl")):
+        for path in sorted(self.place().glob(f"{self.key}-*.jsonl")):
             with suppress(OSError):  # it is in use, or was taken just now
                 file = path.open("a+")
                 try:

@@ -65,7 +65,9 @@ class Tracker:
         self.parent_id: str | None = None  # the recipe's run, once work has begun
         self.pending: list[tuple[str, Metric]] = []
         self.later: list[Entry] = []  # tags and files, with their run
-        self.outbox = Outbox(_outbox_folder(recipe), config.digest_of([self.uri, self._parent_tags])[:16])
+        self.outbox = Outbox(
+            functools.partial(_outbox_folder, recipe), config.digest_of([self.uri, self._parent_tags])[:16]
+        )
         self.owner = Owner(lambda: self.impatient, lambda text: self.say(text))
         self.begun: set[str] = set()  # runs that this process makes or goes on with
         self.gone: set[str] = set()  # of these, those that were found to be deleted

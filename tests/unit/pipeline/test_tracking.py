@@ -219,7 +219,7 @@ def test_what_is_missed_arrives_though_the_run_is_killed_meanwhile(tracker: Trac
 def test_a_full_disk_leaves_it_in_memory(tracker: Tracker, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = tracker.stage_run("train", "full", {})
     working, tracker.impatient = tracker.impatient, MlflowClient(NOBODY)
-    tracker.outbox.folder = Path("/proc/nowhere")
+    tracker.outbox.place = lambda: Path("/proc/nowhere")
     for step in (1, 2):
         tracker.log_metrics(run_id, {"loss": 0.5}, step)
         tracker._try_flush()
