@@ -3,7 +3,7 @@
 Axes in tensor names: b batch, h height, w width, c channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,12 +151,13 @@ def drop_paths(network: nn.Module) -> list[DropPath]:
     return [module for module in network.modules() if isinstance(module, DropPath)]
 
 
-def set_drop_path_draws(network: nn.Module, draws: Tensor | None) -> None:
+def set_drop_path_draws(paths: Sequence[DropPath], draws: Tensor | None) -> None:
     """What the next passes drop: numbers in 0..1, (B, blocks, branches); None: whatever torch's generator gives.
 
-    With numbers that belong to the samples, a sample trains the same network in whichever batch it lies.
+    paths: a network's `drop_paths`, found once: it takes a walk through all its modules. With numbers that belong to
+    the samples, a sample trains the same network in whichever batch it lies.
     """
-    for number, module in enumerate(drop_paths(network)):
+    for number, module in enumerate(paths):
         module.draws = None if draws is None else draws[:, number]
 
 

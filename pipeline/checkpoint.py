@@ -10,7 +10,8 @@ generator to save.
 import json
 import shutil
 import tempfile
-import time
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ray.train import CheckpointUploadMode
 from torch import Tensor
 
 from data_prep import storage
+from pipeline import waiting
 from pipeline.artifact import code_versions
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,52 +45,67 @@ def save(
     metrics: dict[str, float],
     place: str,
     adversary: dict[str, Any] | None = None,
-) -> None:
+    patience_s: float = UPLOAD_PATIENCE_S,
+    say: Callable[[str], object] = lambda text: None,
+) -> threading.Event:
     """Collective: write this rank's file (None: it has nothing to save) and let it be uploaded in the background.
+
+    Gives an event that is set when this rank's upload is over.
 
     meta: from rank 0 goes into the checkpoint; must hold "step" and "data_step". place: URI of the run's checkpoints.
     adversary: the discriminator's state, the same on all ranks.
-    An upload that fails for ten minutes raises in the training.
+    say: told, in a thread, of an upload that has to wait; one that fails for `patience_s` raises in the training.
     """
     rank = ray.train.get_context().get_world_rank()
     reported = {"step": meta["step"], **metrics}
+    over = threading.Event()
     if part is None:
+        over.set()
         ray.train.report(reported)
-        return
+        return over
     folder = Path(tempfile.mkdtemp(prefix=storage.owned(FOLDER)))
     torch.save(part, folder / part_name(rank))
     if rank == 0 and adversary is not None:
         torch.save(adversary, folder / ADVERSARY)
     if rank == 0:
         (folder / META).write_text(json.dumps(meta | {"code": code_versions(), "metrics": metrics}, indent=1))
+
+    def send(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        try:
+            return _upload(Path(checkpoint.path), storage.join(place, name), patience_s, say)
+        finally:
+            over.set()
+
     ray.train.report(
         reported,
         checkpoint=ray.train.Checkpoint.from_directory(folder),
         checkpoint_dir_name=name_of(meta),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=lambda checkpoint, name: _upload(Path(checkpoint.path), storage.join(place, name)),
+        checkpoint_upload_fn=send,
         delete_local_checkpoint_after_upload=False,
     )
+    return over
 
 
-def _upload(folder: Path, uri: str) -> ray.train.Checkpoint:
+def _upload(folder: Path, uri: str, patience_s: float, say: Callable[[str], object]) -> ray.train.Checkpoint:
     """Upload one rank's files; removes the local ones after."""
     for file in sorted(folder.iterdir()):
-        upload(file, storage.join(uri, file.name))
+        upload(file, storage.join(uri, file.name), patience_s, say)
     shutil.rmtree(folder)
     return open_at(uri)
 
 
-def upload(file: Path, uri: str, patience_s: float = UPLOAD_PATIENCE_S) -> None:
-    """Upload a local file, trying again while the storage does not answer; StorageError where it stays away."""
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return storage.upload(file, uri)
-        except storage.StorageError:
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(5)
+def upload(
+    file: Path,
+    uri: str,
+    patience_s: float = UPLOAD_PATIENCE_S,
+    say: Callable[[str], object] = lambda text: None,
+) -> None:
+    """Upload a local file, trying again while the storage does not answer; StorageError where it stays away.
+
+    say: told that it has to be tried again.
+    """
+    waiting.until_it_answers(lambda: storage.upload(file, uri), patience_s, say=say)
 
 
 def sweep() -> None:
@@ -144,6 +161,12 @@ def recover(place: str) -> str | None:
         storage.delete(snapshot)
     newest = next((name for name in sorted(found, reverse=True) if _is_whole(place, name, found[name])), None)
     return storage.join(place, newest) if newest else None
+
+
+def committed(place: str) -> set[str]:
+    """The checkpoints on Ray Train's list; none where there is no list, or one that cannot be read."""
+    snapshot = storage.join(place, SNAPSHOT)
+    return set(_listed(storage.read_bytes(snapshot))) if storage.exists(snapshot) else set()
 
 
 def discard(place: str, name: str) -> bool:

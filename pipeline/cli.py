@@ -69,8 +69,10 @@ def pretrain(
         look.run(loaded, choice, console)
     else:
         from pipeline import pretrain as job
+        from pipeline import signals
 
-        job.run(loaded, choice, console, address, debug)
+        with signals.ending():
+            job.run(loaded, choice, console, address, debug)
 
 
 @app.command("plan")

@@ -38,6 +38,7 @@ def retrain(
     Exit code 0 also where nothing is new, another run is at it, or the gate refuses.
     """
     from pipeline import retrain as job
+    from pipeline import signals
     from pipeline.buckets import use_buckets
     from pipeline.domain import load_domain
 
@@ -46,7 +47,8 @@ def retrain(
     if dry_run:
         job.dry_run(loaded, console(), now)
     else:
-        job.run(loaded, console(), address, debug, now)
+        with signals.ending():
+            job.run(loaded, console(), address, debug, now)
 
 
 def render(

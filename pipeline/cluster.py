@@ -14,7 +14,7 @@ from botocore.exceptions import BotoCoreError
 from data_prep import s3
 from data_prep.private_folder import folder_for_sockets
 from model import limits
-from pipeline import ray_address
+from pipeline import ray_address, signals
 from pipeline.config import ComputeConfig
 from pipeline.lasting import IN_RAY_JOB
 
@@ -64,7 +64,8 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
         options |= {"address": "local", "include_dashboard": False, "num_cpus": _local_cpus(compute)}
         options |= {"_temp_dir": _short_folder()}
     try:
-        ray.init(**options)
+        with signals.kept():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"no Ray cluster at {address or 'local'!r} ({said}): {ray_address.NO_ANSWER}") from error

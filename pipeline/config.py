@@ -52,6 +52,9 @@ class StorageConfig(Settings):
         description="folder or s3://bucket/prefix that receives every artifact; a folder must be shared by all nodes, "
         "and in a Ray job its path absolute",
     )
+    patience_s: float = Field(
+        21_600, ge=0, description="how long a run waits for a storage that does not answer, a training beside its work"
+    )
     s3: S3Config = S3Config()
 
     @field_validator("uri")
@@ -74,6 +77,12 @@ class TrackingConfig(Settings):
     )
     experiment: str = Field(
         "hatchery", min_length=1, max_length=500, description="MLflow experiment that holds the runs"
+    )
+    patience_s: float = Field(
+        21_600,
+        ge=0,
+        description="how long a stage waits for an MLflow that does not answer at its beginning or end; what a "
+        "training has for it meanwhile is kept on disk",
     )
 
 
@@ -112,6 +121,11 @@ class ComputeConfig(Settings):
     max_failures: int = Field(3, ge=-1, description="restarts after lost workers before the run fails (-1: no limit)")
     hang_timeout_s: float = Field(
         900, gt=0, description="a training process that finishes no step for so long counts as dead and is restarted"
+    )
+    start_timeout_s: float = Field(
+        3600,
+        gt=0,
+        description="the same for each part of its start, the first step included, at which `compile` compiles",
     )
     checkpoint_every_s: float | None = Field(
         600, gt=0, description="longest time between checkpoints, beside the phase's checkpoint_every; null: no limit"
@@ -300,7 +314,9 @@ class PhaseConfig(Settings):
     checkpoint_every: int = Field(
         5000, ge=1, description="steps between checkpoints; compute.checkpoint_every_s makes more where steps are slow"
     )
-    log_every: int = Field(100, ge=1, description="steps between metrics")
+    log_every: int = Field(
+        100, ge=1, description="steps between metrics; more where a training would tell of them over 40,000 times"
+    )
 
     def what(self) -> dict[str, Any]:
         """What decides the result: all but intervals, caches, and the way on for a training that damage stopped.

@@ -1,6 +1,11 @@
-"""DeepSpeed without MLflow: its autotuner, which nothing here uses, imports MLflow, 0.7 s of every worker's start."""
+"""DeepSpeed without MLflow and without a warning at every step.
+
+Its autotuner, which nothing here uses, imports MLflow, 0.7 s of every worker's start. ZeRO 2 and 3 call functions that
+torch calls deprecated, which every rank would print each time.
+"""
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,5 +27,7 @@ with _hidden("mlflow"):
     import deepspeed
     from deepspeed import ops, utils
     from deepspeed.comm import comm
+
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 __all__ = ["comm", "deepspeed", "ops", "utils"]

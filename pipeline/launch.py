@@ -4,9 +4,9 @@ Does not import DeepSpeed: a worker must set its environment before that, and a 
 (tests/unit/test_imports.py checks).
 """
 
+import functools
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -18,7 +18,7 @@ import ray.train.torch
 from pydantic import Field
 
 from data_prep import storage
-from pipeline import checkpoint, cluster, signals
+from pipeline import checkpoint, cluster, signals, waiting
 from pipeline.artifact import Artifact
 from pipeline.config import (
     ComputeConfig,
@@ -33,8 +33,11 @@ from pipeline.errors import Stopped
 from pipeline.monitor import Monitor, Record
 from pipeline.validate import ImagePair
 
-STORAGE_RETRIES = 5
-"""Times that a training is begun again without getting further while reading from the storage fails."""
+LOSS_RETRIES = 1
+"""Times that a training is begun again without a further checkpoint where its processes are lost.
+
+Each time Ray Train restarts them `compute.max_failures` times itself.
+"""
 
 
 class TrainJob(Settings):
@@ -51,6 +54,7 @@ class TrainJob(Settings):
     validation: ValidationConfig = ValidationConfig()
     gate_metric: str = "psnr_y"
     checkpoints_uri: str
+    patience_s: float = Field(21_600, description="how long the storage is waited for, s")
     resume_from: str | None = Field(None, description="URI of a checkpoint to start from where Ray Train knows none")
     data_offset: int = Field(0, description="steps of data passed over because they led to non-finite losses")
 
@@ -65,6 +69,7 @@ class TrainJob(Settings):
             "phase",
             "data_offset",
             "resume_from",
+            "patience_s",
         }
         places |= {"validation", "gate_metric"}
         values = self.model_dump(mode="json", exclude=places) | {"phase": self.phase.what()}
@@ -77,28 +82,38 @@ def run_training(
     """Train to the end (from the last checkpoint at job.checkpoints_uri, if any) and give the last checkpoint.
 
     handle: called in a thread with every record. images: to validate on. Raises ValueError for what a worker raised
-    as such, Stopped when the process was asked to end (SIGTERM, Ctrl-C) and a checkpoint was made, else Ray Train's
-    TrainingFailedError.
+    as such, Stopped when the process was asked to end (SIGTERM, Ctrl-C) and a checkpoint was made, in the last step as
+    well, else Ray Train's TrainingFailedError.
     """
     references = {"images": ray.put(images) if images else None}
     # decided once: a node that is lost for an hour must not turn a training on GPUs into one on CPUs
     compute = job.compute.model_copy(update={"use_gpu": cluster.has_gpus(job.compute)})
     job = job.model_copy(update={"compute": compute})
-    failed = None
     with Monitor(handle) as monitor, signals.asking(monitor.request_stop) as asked:
-        for _ in range(job.compute.max_rollbacks + 1):
-            result = _fit(job, monitor, references)
-            outcome = result.return_value or {}
-            if outcome.get("kind") == "stopped":
-                note = f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint"
-                raise Stopped(note, asked.exit_code)
-            if outcome.get("kind") != "roll_back":
-                assert result.checkpoint is not None, "a finished training reports a checkpoint"
-                return result.checkpoint
-            job = job.model_copy(update={"data_offset": outcome["data_offset"]})
-            target = _way_back(job.checkpoints_uri, outcome["checkpoint"], failed)
-            failed = outcome["checkpoint"]
-            handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to {target}"})
+        last = _fit_and_go_back(job, monitor, references, asked)
+    if asked.signal is not None:  # after the training could heed it: the run is to end all the same
+        raise Stopped(f"{job.name} was asked to stop when it was trained, and its checkpoint saved", asked.exit_code)
+    return last
+
+
+def _fit_and_go_back(
+    job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: signals.Asked
+) -> ray.train.Checkpoint:
+    """The last checkpoint of a training that goes back, with fresh data, where its steps are not finite."""
+    failed = None
+    for _ in range(job.compute.max_rollbacks + 1):
+        result = _fit(job, monitor, references, asked)
+        outcome = result.return_value or {}
+        if outcome.get("kind") == "stopped":
+            note = f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint"
+            raise Stopped(note, asked.exit_code)
+        if outcome.get("kind") != "roll_back":
+            assert result.checkpoint is not None, "a finished training reports a checkpoint"
+            return result.checkpoint
+        job = job.model_copy(update={"data_offset": outcome["data_offset"]})
+        target = _way_back(job.checkpoints_uri, outcome["checkpoint"], failed)
+        failed = outcome["checkpoint"]
+        monitor.handle({"step": outcome["step"], "warning": f"{outcome['reason']}: going back to {target}"})
     raise ValueError(
         f"{job.name}: {outcome['reason']}, after going back {job.compute.max_rollbacks} times: "
         f"lower the learning rate, set grad_clip, or use precision fp32"
@@ -112,15 +127,17 @@ def _way_back(place: str, last: str | None, failed: str | None) -> str:
     return "the last checkpoint"
 
 
-def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
-    """The Ray Train run, begun again while it gets further between failures, or the storage was out of reach."""
-    reached, stuck = -1, 0
+def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: signals.Asked) -> Any:
+    """The Ray Train run, begun again while checkpoints are committed between failures, or the storage was away."""
+    known: set[str] | None = None
+    stuck = 0
     while True:
         try:
             recovered = checkpoint.recover(job.checkpoints_uri)
             if recovered:
-                note = f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}"
-                monitor.handle({"step": max(reached, 0), "warning": note})
+                _warn(monitor, f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}")
+            if known is None:
+                known = checkpoint.committed(job.checkpoints_uri)
             return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError, storage.StorageError) as failure:
             errors = [failure, *getattr(failure, "worker_failures", {}).values()]
@@ -128,34 +145,30 @@ def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
                 if isinstance(error, ValueError) and not _may_pass(error):
                     raise error from None
             unread = next(filter(_may_pass, errors), None)
-            waited_s = _wait_for_storage(job.checkpoints_uri)
-            stuck = 0 if monitor.last_step > reached or waited_s else stuck + 1
-            if stuck > (STORAGE_RETRIES if unread else 0):
+            ask = functools.partial(checkpoint.committed, job.checkpoints_uri)
+            say = functools.partial(_warn, monitor)
+            waited_s, there = waiting.until_it_answers(ask, job.patience_s, lambda: asked.signal is None, say)
+            if asked.signal is not None:
+                note = f"{job.name} was asked to stop when it was to begin again; its last checkpoint is kept"
+                raise Stopped(note, asked.exit_code) from None
+            assert there is not None, "waited for, unless asked to stop"
+            stuck = 0 if there - (known or set()) or waited_s else stuck + 1
+            known = (known or set()) | there
+            if stuck > (waiting.RETRIES if unread else LOSS_RETRIES):
                 raise (unread or failure) from None
-            reached = monitor.last_step
             why = "lost its processes again and again"
             if unread or waited_s:
                 why = f"the storage was away, waited {waited_s:.0f} s{f' ({unread})' if unread else ''}"
-            monitor.handle({"step": max(reached, 0), "warning": f"{why}: going on from the last checkpoint"})
+            _warn(monitor, f"{why}: going on from the last checkpoint")
+
+
+def _warn(monitor: Monitor, text: str) -> None:
+    monitor.handle({"step": max(monitor.last_step, 0), "warning": text})
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether a worker failed because the storage did not answer; what is damaged stays so."""
     return isinstance(error, storage.StorageError) and not isinstance(error, storage.DamageError)
-
-
-def _wait_for_storage(uri: str) -> float:
-    """Wait until the storage answers; how long it did not, in s. StorageError where it stays away."""
-    begin, away = time.monotonic(), False
-    while True:
-        try:
-            storage.exists(storage.join(uri, "any"))
-            return time.monotonic() - begin if away else 0.0
-        except storage.StorageError:
-            away = True
-            if time.monotonic() - begin > checkpoint.UPLOAD_PATIENCE_S:
-                raise
-            time.sleep(5)
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
@@ -194,7 +207,10 @@ def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any
             "use_gpu": use_gpu,
             **references,
         },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=math.ceil(compute.hang_timeout_s)),
+        # of collectives: who waits for a process that still compiles is not to give up before it
+        torch_config=ray.train.torch.TorchConfig(
+            timeout_s=math.ceil(max(compute.start_timeout_s, compute.hang_timeout_s))
+        ),
         scaling_config=ray.train.ScalingConfig(
             num_workers=compute.num_workers,
             elastic_resize_monitor_interval_s=compute.resize_every_s,

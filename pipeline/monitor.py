@@ -10,27 +10,31 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Record = dict[str, Any]
+_LAST_TRIES = 10  # to get the last records
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_task_retries=-1)  # a call that gets lost on its way is made again
 class Mailbox:
-    """Holds records (`{"step": int, "metrics": {...}, ...}`) until the driver takes them."""
+    """Holds records (`{"step": int, "metrics": {...}, ...}`) until the driver says that it has them."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []
+        self.forgotten = 0
         self.stop = False
 
     def post(self, record: Record) -> None:
         """Add one record; called by rank 0 without waiting."""
         self.records.append(record)
 
-    def drain(self) -> list[Record]:
-        """Take all records."""
-        records, self.records = self.records, []
-        return records
+    def after(self, received: int) -> list[Record]:
+        """All records but the first `received` ones, which are forgotten."""
+        del self.records[: received - self.forgotten]
+        self.forgotten = received
+        return self.records
 
     def request_stop(self) -> None:
         """Ask the training to save a checkpoint and end."""
@@ -73,6 +77,7 @@ class Monitor:
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._run, name="hatchery-monitor", daemon=True)
         self.error: Exception | None = None
+        self.received = 0
         self.last_step = -1
 
     def __enter__(self) -> "Monitor":
@@ -94,16 +99,22 @@ class Monitor:
     def _run(self) -> None:
         while not self.stopped.wait(self.interval_s):
             self._drain()
-        self._drain()  # what was posted before the end
+        for _ in range(_LAST_TRIES):
+            self._drain()  # what was posted before the end
+            if self.error is None or isinstance(self.error, ray.exceptions.ActorDiedError):
+                return
+            time.sleep(self.interval_s)
 
     def _drain(self) -> None:
         try:
-            records = ray.get(self.mailbox.drain.remote())
-        except Exception as error:  # noqa: BLE001 - kept, and raised in the driver's thread at the end
+            records = ray.get(self.mailbox.after.remote(self.received))
+        except Exception as error:  # noqa: BLE001 - raised in the driver's thread at the end, unless it passes
             if self.error is None:
                 self._warn(max(self.last_step, 0), f"the training's records cannot be had: {error}")
             self.error = error
             return
+        self.error = None
+        self.received += len(records)
         for record in records:
             self.last_step = max(self.last_step, record["step"])
             try:

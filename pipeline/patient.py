@@ -14,7 +14,6 @@ from mlflow.exceptions import MlflowException
 from data_prep import s3, storage
 from data_prep.redact import without_secrets
 
-PATIENCE_S = 300  # how long a call that cannot wait in a buffer waits for the server
 _PASSING = (
     "INTERNAL_ERROR",  # also what MLflow says where it reached no server
     "TEMPORARILY_UNAVAILABLE",
@@ -34,22 +33,25 @@ FAILURES = (TrackingError, MlflowException, OSError, storage.StorageError, *_S3_
 
 
 class Patient:
-    """An MlflowClient whose calls are repeated while the server does not answer.
+    """An MlflowClient whose calls are repeated while the server does not answer, for `patience_s`.
 
     TrackingError where it stays away; what MLflow itself refuses is raised as it comes.
     """
 
-    def __init__(self, client: MlflowClient, uri: str, notice: Callable[[Exception | None], None]) -> None:
+    def __init__(
+        self, client: MlflowClient, uri: str, notice: Callable[[Exception | None], None], patience_s: float
+    ) -> None:
         self._client = client
         self._uri = uri
         self._notice = notice
+        self._patience_s = patience_s
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
 
         @functools.wraps(method)
         def call(*args: Any, **options: Any) -> Any:
-            deadline, failed = time.monotonic() + PATIENCE_S, False
+            deadline, failed = time.monotonic() + self._patience_s, False
             while True:
                 try:
                     answer = method(*args, **options)

@@ -18,13 +18,16 @@ if __name__ == "__main__":
 
 import functools  # noqa: E402
 import tempfile  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import TypeVar  # noqa: E402
 
 from mlflow.exceptions import MlflowException  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from data_prep import storage  # noqa: E402
 from data_prep.listing import listed_once  # noqa: E402
-from pipeline import cluster, places, plan, report, stages, survey  # noqa: E402
+from pipeline import cluster, places, plan, report, signals, stages, survey, waiting  # noqa: E402
 from pipeline.artifact import Artifact  # noqa: E402
 from pipeline.config import Recipe  # noqa: E402
 from pipeline.errors import describe_os_error  # noqa: E402
@@ -33,6 +36,8 @@ from pipeline.plan import Stage  # noqa: E402
 from pipeline.progress import Display  # noqa: E402
 from pipeline.survey import Choice  # noqa: E402
 from pipeline.tracking import Tracker  # noqa: E402
+
+T = TypeVar("T")
 
 SHARD_PATIENCE_S = 12 * 3600.0  # how long another run that makes the same shards is waited for
 
@@ -52,6 +57,8 @@ def run(
     for line in said:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     found, chosen, tracker = prepare(recipe, choice)
+    tracker.say = lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False)
+    tracker.end_left()
     planned = plan.make_plan(recipe.storage.uri, found, chosen, lambda s, a: stages.is_current(s, a, tracker))
     try:
         if any(entry.action == "run" for entry in planned):
@@ -87,6 +94,7 @@ def _run_stages(
         return stages.is_current(stage, artifact, tracker)
 
     for number, stage in enumerate(found, 1):
+        signals.check()
         missing = [name for name in stage.inputs if name not in finished]
         if missing:
             if stage.name in chosen:
@@ -97,22 +105,58 @@ def _run_stages(
             continue
         digests = {name: finished[name].digest for name in stage.inputs}
         look_up = functools.partial(plan.look_up, recipe.storage.uri, stage, digests, is_current)
-        artifact = look_up()
+        artifact = _patiently(recipe, display, look_up)
         if artifact is not None:
             display.say(f"[{number}/{len(found)}] {stage.name}: done before")
         elif stage.name in chosen:
             what = stage.length or stage.kind
             display.begin_stage(number, len(found), stage.name, what)
-            lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
-            # recipes share sets of shards: one makes them, the others wait and take them; of other stages one refuses
-            patience_s = SHARD_PATIENCE_S if stage.kind == "shard" else 0
-            purpose = f"stage {stage.name} of recipe {recipe.name}"
-            with StorageLock(lock, purpose, display.say, patience_s=patience_s):
-                artifact = look_up() or _run_stage(recipe, stage, finished, digests, tracker, display)
+            run_stage = functools.partial(_run_stage, recipe, stage, finished, digests, tracker, display)
+            alone = functools.partial(_alone, recipe, stage, digests, display, look_up, run_stage)
+            artifact = _patiently(recipe, display, alone)
             display.end_stage(_summary(artifact))
         if artifact is not None:
             finished[stage.name] = artifact
     return finished
+
+
+def _alone(
+    recipe: Recipe,
+    stage: Stage,
+    digests: dict[str, str],
+    display: Display,
+    look_up: Callable[[], Artifact | None],
+    run_stage: Callable[[], Artifact],
+) -> Artifact:
+    """The stage's artifact, made while no other run works at the stage, unless one has made it meanwhile.
+
+    Recipes share sets of shards: one makes them, the others wait and take them; of other stages one refuses.
+    """
+    lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
+    patience_s = SHARD_PATIENCE_S if stage.kind == "shard" else 0
+    with StorageLock(lock, f"stage {stage.name} of recipe {recipe.name}", display.say, patience_s=patience_s):
+        return look_up() or run_stage()
+
+
+def _patiently(recipe: Recipe, display: Display, work: Callable[[], T]) -> T:
+    """What `work` gives; begun again, once the storage answers, where it fails because that was away.
+
+    What waiting does not mend is raised, and so is everything where the storage stays away for `storage.patience_s`.
+    """
+    probe, stuck = storage.join(recipe.storage.uri, "any"), 0
+    while True:
+        try:
+            return work()
+        except storage.StorageError as error:
+            waited_s, _ = waiting.until_it_answers(
+                lambda: storage.exists(probe), recipe.storage.patience_s, say=lambda text: display.say(f"      {text}")
+            )
+            stuck = 0 if waited_s else stuck + 1
+            may_pass = storage.may_pass(error) and not storage.is_local(recipe.storage.uri)  # a disk may be full
+            if stuck > (waiting.RETRIES if may_pass else 0):
+                raise
+            display.say(f"      the storage was away, waited {waited_s:.0f} s ({error}): again")
+            time.sleep(waiting.PAUSE_S)
 
 
 def _run_stage(

@@ -1,5 +1,6 @@
 """When a training saves beside its phase's own steps: by the clock, and when a node is about to be taken away."""
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -19,23 +20,26 @@ def preemption_notice() -> PreemptionInfo | None:
 class SaveWatch:
     """Says when a checkpoint is wanted: `every_s` after the last one, and once at each new notice of preemption.
 
-    every_s: None where no clock is asked, or another rank keeps it: they need not agree, one that wants is enough.
+    every_s: None where no clock is asked, or another rank keeps it: they need not agree, one that wants is enough. The
+    clock waits while the last checkpoint is on its way: where the storage is away for hours, they would fill the disk.
     """
 
     def __init__(self, every_s: float | None, notice: Callable[[], PreemptionInfo | None] = preemption_notice) -> None:
         self.every_s = every_s
+        self.uploaded: threading.Event | None = None
         self.notice = notice
         self.saved()
 
-    def saved(self) -> None:
-        """A checkpoint was made: it answers all that is known now."""
+    def saved(self, uploaded: threading.Event | None = None) -> None:
+        """A checkpoint was made, and `uploaded` tells when it is in the storage: it answers all that is known now."""
+        self.uploaded = uploaded
         self.saved_at = time.monotonic()
         self.heeded = self.notice()
 
     def poll(self) -> bool:
         """Whether a checkpoint is wanted now."""
         late = self.every_s is not None and time.monotonic() - self.saved_at >= self.every_s
-        return late or self.preempted
+        return (late and (self.uploaded is None or self.uploaded.is_set())) or self.preempted
 
     @property
     def preempted(self) -> bool:

@@ -31,6 +31,7 @@ from pipeline.plan import VERSIONS, Stage
 from pipeline.progress import Display
 from pipeline.published import preset_of
 from pipeline.rivals import judge_candidate
+from pipeline.system_summary import SystemSummary
 from pipeline.tracking import Tracker, warning_tags
 from pipeline.validate import ImagePair, read_best
 
@@ -151,6 +152,7 @@ def run_train(work: Work) -> Artifact:
         validation=work.recipe.validation,
         gate_metric=work.recipe.registry.gate.validation_metric,
         checkpoints_uri=storage.join(work.place, "checkpoints"),
+        patience_s=work.recipe.storage.patience_s,
     )
     last: dict[str, float] = {}
     saved = run_training(job, _training_records(work, last), _validation_images(work, training.scale))
@@ -177,8 +179,11 @@ def _validation_images(work: Work, scale: int) -> list[ImagePair] | None:
 
 def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], None]:
     """What becomes of the ranks' records: MLflow, the progress bar, and the last metrics for the artifact."""
+    cluster, steps, bad_steps = SystemSummary(), 0, 0
 
     def handle(record: Record) -> None:
+        nonlocal steps, bad_steps
+        steps = record.get("steps", steps)
         step, say = record["step"], f"      {work.stage.name}: "
         if "params" in record:
             used = record["params"]
@@ -189,11 +194,17 @@ def _training_records(work: Work, last: dict[str, float]) -> Callable[[Record], 
         if "warning" in record:
             work.display.say(say + record["warning"])
             work.tracker.tag_later(work.run_id, warning_tags(step, record["warning"]))
+        if "bad_step" in record:
+            bad_steps += 1
+            work.display.say(say + record["bad_step"]["said"])
+            content = json.dumps(record["bad_step"], indent=1).encode()
+            work.tracker.log_bytes_later(work.run_id, f"bad-steps/step-{step:08d}.json", content)
+            work.tracker.log_metrics(work.run_id, {"bad_steps": bad_steps}, step)
         if "settled" in record:
             work.display.say(f"{say}{record['settled']} steps in all, as measured until step {step}")
             work.tracker.tag_later(work.run_id, {"hatchery.steps": str(record["settled"])})
-        if "system" in record:
-            work.tracker.log_metrics(work.run_id, record["system"], step)
+        if "system" in record and (found := cluster.add(record["system"], step, steps)):
+            work.tracker.log_metrics(work.run_id, found, step)
         for name, content in record.get("pictures", {}).items():
             work.tracker.log_bytes_later(work.run_id, f"validation/step-{step:08d}/{name}", content)
         for name, uri in record.get("files", {}).items():

@@ -1,9 +1,11 @@
 """MLflow: one parent run per recipe run, one child run per stage, found again by tags when a run is resumed.
 
 Metrics, tags and pictures are buffered: training goes on while the server, or the store of its artifacts, does not
-answer, and what was missed arrives later. What MLflow refuses is dropped, and said.
+answer, and what was missed arrives later, from the disk where the run is killed meanwhile (pipeline.outbox). What
+MLflow refuses is dropped, and said.
 """
 
+import base64
 import functools
 import json
 import os
@@ -11,7 +13,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -23,13 +25,16 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 
 from data_prep import storage
+from data_prep.private_folder import private_folder
 from data_prep.redact import without_secrets
 from pipeline import config
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
+from pipeline.left_runs import Owner
 from pipeline.mlflow_search import all_pages
 from pipeline.mlflow_server import check_answers, is_server, sign_in
-from pipeline.patient import FAILURES, PATIENCE_S, Patient, may_pass, reason
+from pipeline.outbox import Entry, Outbox
+from pipeline.patient import FAILURES, Patient, may_pass, reason
 from pipeline.patient import TrackingError as TrackingError
 
 # A call to a dead server is not to go on for minutes: metrics are retried by the buffer below.
@@ -54,11 +59,16 @@ class Tracker:
         self.refused: set[str] = set()
         self.impatient = _connect_all(config.tracking_uri(recipe))
         self.uri = without_secrets(self.impatient.tracking_uri)  # to show and to store
-        self.client = cast(MlflowClient, Patient(self.impatient, self.uri, self._notice))
+        self.patience_s = recipe.tracking.patience_s
+        self.client = cast(MlflowClient, Patient(self.impatient, self.uri, self._notice, self.patience_s))
         self.experiment_id = self._find_experiment()
         self.parent_id: str | None = None  # the recipe's run, once work has begun
         self.pending: list[tuple[str, Metric]] = []
-        self.later: list[tuple[str, str, Callable[[], None]]] = []  # run, what it is, how it is sent
+        self.later: list[Entry] = []  # tags and files, with their run
+        self.outbox = Outbox(
+            functools.partial(_outbox_folder, recipe), config.digest_of([self.uri, self._parent_tags])[:16]
+        )
+        self.owner = Owner(lambda: self.impatient, lambda text: self.say(text))
         self.begun: set[str] = set()  # runs that this process makes or goes on with
         self.gone: set[str] = set()  # of these, those that were found to be deleted
         self.lock = threading.RLock()  # records are handled in a thread, a stage's own in the main one
@@ -93,17 +103,33 @@ class Tracker:
             self.experiment_id = self._find_experiment() or self._make_experiment()
             found = self._find(self._parent_tags)
             if found:
-                self.client.update_run(found, status="RUNNING")
+                self._take_up(found)
             self.parent_id = found or self._make_parent()
-            self.begun.add(self.parent_id)
+            self._hold(self.parent_id)
+            self._take_over(self.outbox.adopt())
         return self.parent_id
+
+    def _take_up(self, run_id: str) -> None:
+        self.client.update_run(run_id, status="RUNNING")
+        self.set_tags(run_id, self.owner.tags)
+
+    def _hold(self, run_id: str) -> None:
+        self.begun.add(run_id)
+        self.owner.hold(run_id)
+
+    def end_left(self) -> None:
+        """Mark as KILLED what killed processes have left RUNNING in the recipe's experiment, and say so."""
+        if self.experiment_id is not None:
+            with suppress(*FAILURES):  # no work depends on it
+                self.owner.end_left(self.experiment_id)
 
     @property
     def _parent_tags(self) -> dict[str, str]:
         return {RECIPE_TAG: self.recipe.digest, "hatchery.storage": storage.normalise(self.recipe.storage.uri)}
 
     def _make_parent(self) -> str:
-        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=self._parent_tags)
+        tags = self._parent_tags | self.owner.tags
+        run = self.client.create_run(self.experiment_id, run_name=self.recipe.name, tags=tags)
         resolved = self.recipe.model_dump(mode="json")
         self.client.log_dict(run.info.run_id, resolved, "recipe.yaml")
         self.log_params(run.info.run_id, config.flatten(resolved))
@@ -127,11 +153,12 @@ class Tracker:
         tags = {"mlflow.parentRunId": self.begin(), STAGE_TAG: stage, FINGERPRINT_TAG: fingerprint}
         found = self._find(tags)
         if found:
-            self.client.update_run(found, status="RUNNING")
+            self._take_up(found)
         else:
+            tags |= self.owner.tags
             found = str(self.client.create_run(self.experiment_id, run_name=stage, tags=tags).info.run_id)
             self.log_params(found, config.flatten(params))
-        self.begun.add(found)
+        self._hold(found)
         return found
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
@@ -148,32 +175,58 @@ class Tracker:
         """Put metrics into the buffer, which is sent at most every two seconds."""
         now_ms = int(time.time() * 1000)
         with self.lock:
-            self.pending += [(run_id, Metric(key, float(value), now_ms, step)) for key, value in metrics.items()]
+            new = [(run_id, Metric(key, float(value), now_ms, step)) for key, value in metrics.items()]
+            self.pending += new
+            if self.away:
+                self._keep(map(_entry_of, new))
             self._flush_if_due(2)
 
     def tag_later(self, run_id: str, tags: dict[str, str]) -> None:
         """Tags of a run, now or as soon as the server answers again."""
-        entries = _run_tags(tags)
-        self._later(run_id, f"tags {', '.join(tags)}", lambda: self.impatient.log_batch(run_id, tags=entries))
+        self._later({"run": run_id, "tags": {tag.key: tag.value for tag in _run_tags(tags)}})
 
     def log_bytes_later(self, run_id: str, name: str, content: bytes) -> None:
         """A file among the run's artifacts, now or as soon as it can be sent."""
-        self._later(run_id, name, lambda: self._log_bytes(run_id, name, content))
+        self._later({"run": run_id, "file": name, "content": base64.b64encode(content).decode()})
 
     def log_stored_later(self, run_id: str, name: str, uri: str) -> None:
         """A file of the storage among the run's artifacts, now or as soon as it can be read and sent."""
-        self._later(run_id, name, lambda: self._log_bytes(run_id, name, storage.read_bytes(uri)))
+        self._later({"run": run_id, "file": name, "stored": uri})
 
-    def _log_bytes(self, run_id: str, name: str, content: bytes) -> None:
+    def _send(self, entry: Entry) -> None:
+        if "tags" in entry:
+            self.impatient.log_batch(entry["run"], tags=_run_tags(entry["tags"]))
+            return
+        content = base64.b64decode(entry["content"]) if "content" in entry else storage.read_bytes(entry["stored"])
         with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-            file = Path(folder, Path(name).name)
+            file = Path(folder, Path(entry["file"]).name)
             file.write_bytes(content)
-            self.impatient.log_artifact(run_id, str(file), _folder_of(name))
+            self.impatient.log_artifact(entry["run"], str(file), _folder_of(entry["file"]))
 
-    def _later(self, run_id: str, what: str, call: Callable[[], None]) -> None:
+    def _later(self, entry: Entry) -> None:
         with self.lock:
-            self.later.append((run_id, what, call))
+            self.later.append(entry)
+            if self.away:
+                self._keep([entry])
             self._flush_if_due(0)
+
+    def _keep(self, entries: Iterable[Entry]) -> None:
+        """Put what MLflow misses on the disk as well; what that does not take stays in memory, which is said once."""
+        try:
+            self.outbox.keep(entries)
+        except OSError as error:
+            self._say_once("outbox", f"what MLflow misses is kept in memory alone: {error}")
+
+    def _take_over(self, left: list[Entry]) -> None:
+        """Send what an earlier process could not."""
+        with self.lock:
+            for entry in left:
+                if "metric" in entry:
+                    self.pending.append((entry["run"], Metric(*entry["metric"])))
+                else:
+                    self.later.append(entry)
+        if left:
+            self.say(f"{len(left)} entries that MLflow missed in an earlier call are sent now")
 
     def _flush_if_due(self, interval_s: float) -> None:
         if time.monotonic() - self.last_flush > (_AWAY_S if self.away else interval_s):
@@ -190,6 +243,8 @@ class Tracker:
                 except FAILURES as error:
                     found = error
                 self._notice(found)
+            if found is None:
+                self.outbox.clear()
             self.last_flush = time.monotonic()
         return found
 
@@ -221,15 +276,15 @@ class Tracker:
     def _send_later(self) -> None:
         """Raises what may pass."""
         while self.later:
-            run_id, what, call = self.later.pop(0)
+            entry = self.later.pop(0)
             try:
-                call()
+                self._send(entry)
             except FAILURES as error:
                 if may_pass(error):
-                    self.later.insert(0, (run_id, what, call))
+                    self.later.insert(0, entry)
                     raise
-                if not self._was_deleted(run_id):
-                    self._say_refused(what, error)
+                if not self._was_deleted(entry["run"]):
+                    self._say_refused(entry.get("file") or f"tags {', '.join(entry['tags'])}", error)
 
     def _was_deleted(self, run_id: str) -> bool:
         """Whether somebody deleted a run meanwhile, which is said once; what it would be told from then on is lost."""
@@ -245,21 +300,26 @@ class Tracker:
         return deleted
 
     def _say_refused(self, what: str, error: Exception) -> None:
+        self._say_once(what, f"MLflow at {self.uri} does not take {what}: {reason(error)}")
+
+    def _say_once(self, what: str, text: str) -> None:
         if what not in self.refused:
             self.refused.add(what)
-            self.say(f"MLflow at {self.uri} does not take {what}: {reason(error)}")
+            self.say(text)
 
     def _notice(self, error: Exception | None) -> None:
         """Say once that MLflow is out of reach, and once that it is back."""
         if error is not None and not self.away:
+            with self.lock:
+                self._keep([*map(_entry_of, self.pending), *self.later])
             self.say(f"MLflow at {self.uri} is out of reach, what it misses is kept: {reason(error)}")
         elif error is None and self.away:
             self.say(f"MLflow at {self.uri} is back")
         self.away = error is not None
 
-    def flush(self, patience_s: float = PATIENCE_S) -> None:
-        """Send what is buffered, retrying for a while; TrackingError when the server stays away."""
-        deadline = time.monotonic() + patience_s
+    def flush(self, patience_s: float | None = None) -> None:
+        """Send what is buffered, retrying for `tracking.patience_s`; TrackingError when the server stays away."""
+        deadline = time.monotonic() + (self.patience_s if patience_s is None else patience_s)
         while (error := self._try_flush()) is not None:
             if time.monotonic() > deadline:
                 kept = f"{len(self.pending)} metrics and {len(self.later)} tags and files"
@@ -282,6 +342,7 @@ class Tracker:
         """End a run that did what it was to do, once everything has arrived."""
         self.flush()
         self.client.set_terminated(run_id)
+        self.owner.release(run_id)
 
     def finish_left(self) -> None:
         """End the recipe's run of a process that was killed when all its work was done, if there is one."""
@@ -292,6 +353,7 @@ class Tracker:
     def abandon(self, run_id: str, error: BaseException) -> None:
         """End a run that an error ends. One attempt: what keeps MLflow from it is said and takes no error's place."""
         status = "KILLED" if isinstance(error, KeyboardInterrupt | Stopped) else "FAILED"
+        self.owner.release(run_id)
         try:
             if is_server(self.uri):
                 check_answers(self.uri)  # within seconds: who pressed Ctrl-C waits for it
@@ -340,6 +402,18 @@ def warning_tags(step: int, text: str) -> dict[str, str]:
     name = f"hatchery.warning.{step}.{config.digest_of(text)[:8]}"
     parts = [text[begin : begin + _TAG_CHARS] for begin in range(0, len(text), _TAG_CHARS)]
     return {f"{name}.{number}" if number else name: part for number, part in enumerate(parts)}
+
+
+def _entry_of(owned: tuple[str, Metric]) -> Entry:
+    run_id, metric = owned
+    return {"run": run_id, "metric": [metric.key, metric.value, metric.timestamp, metric.step]}
+
+
+def _outbox_folder(recipe: Recipe) -> Path:
+    """Beside the results where they lie in a folder, which the next call sees wherever it runs."""
+    if storage.is_local(recipe.storage.uri):
+        return Path(storage.normalise(recipe.storage.uri), "mlflow-outbox")
+    return Path(private_folder("hatchery-outbox"))
 
 
 def _run_tags(tags: dict[str, str]) -> list[RunTag]:

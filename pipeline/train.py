@@ -5,7 +5,10 @@ workers, and a run that was stopped anywhere continues from its last checkpoint 
 """
 
 import faulthandler
+import functools
+import math
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +17,12 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data_prep import storage
 from data_prep.loader import Batch
-from model.blocks import DropPath, drop_paths, set_drop_path_draws
+from model.blocks import DropPath, set_drop_path_draws
 from pipeline import checkpoint, zero
 from pipeline.communication import CommunicationProbe
 from pipeline.config import digest_of
@@ -29,6 +33,10 @@ from pipeline.schedule import learning_rate
 from pipeline.window import Window
 from pipeline.worker import Run, fresh_network, set_up
 
+MOST_LOGS = 40_000
+"""Times that a training tells of its metrics: MLflow keeps a row for each of them and each time."""
+BAD_RANKS_NAMED = 4
+"""So many ranks of a step that was not applied are named at once; all of them are in MLflow."""
 TRACE_PATIENCE_S = 60  # training waits meanwhile: a trace is not worth more
 
 
@@ -38,11 +46,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     config: {"job": TrainJob as dict, "mailbox": actor handle, "images": reference to validation images or None}.
     """
     job = TrainJob.model_validate(config["job"])
-    with _not_hanging(job.compute.hang_timeout_s) as alive:
-        run = set_up(job, config["mailbox"], config["images"])
+    with _not_hanging(job.compute.start_timeout_s, job.compute.hang_timeout_s) as alive:
+        run = set_up(job, config["mailbox"], config["images"], alive.rearm)
         outcome = _train(run, alive)
         if run.validator is not None:
-            run.validator.wait()
+            run.validator.wait(alive.rearm)
         # calls arrive in order: once this one is answered, all records are there, and the process may end
         ray.get(run.mailbox.stop_requested.remote())
     return outcome
@@ -51,12 +59,19 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 class _Alarm:
     """Ends this process, with every thread's traceback in its log, unless `rearm` is called in time.
 
-    Works even where the interpreter is stuck in a library; Ray sees a dead worker and restarts the group.
+    Each part of the start may take `start_s`, each step after the first one `step_s`. Works even where the interpreter
+    is stuck in a library; Ray sees a dead worker and restarts the group.
     """
 
-    def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, start_s: float, step_s: float) -> None:
+        self.timeout_s, self.step_s = start_s, step_s
         self.armed_at = float("-inf")
+
+    def started(self) -> None:
+        """A step is done: what is compiled at the first one is compiled."""
+        if self.timeout_s != self.step_s:
+            self.timeout_s, self.armed_at = self.step_s, float("-inf")
+        self.rearm()
 
     def rearm(self) -> None:
         """A sign of life."""
@@ -66,8 +81,8 @@ class _Alarm:
 
 
 @contextmanager
-def _not_hanging(timeout_s: float) -> Iterator[_Alarm]:
-    alarm = _Alarm(timeout_s)
+def _not_hanging(start_s: float, step_s: float) -> Iterator[_Alarm]:
+    alarm = _Alarm(start_s, step_s)
     alarm.rearm()
     try:
         yield alarm
@@ -84,14 +99,14 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
     trace, due, stop = _Trace(run), False, False
     run.budget.start_clock()
     while not run.budget.is_over(run.step):
-        alive.rearm()
-        last, logging = run.step + 1 == run.budget.steps, (run.step + 1) % phase.log_every == 0
+        last, logging = run.step + 1 == run.budget.steps, (run.step + 1) % log_interval(run) == 0
         if last or logging:
             probe.begin()
         trace.before_step()
         rate = learning_rate(run.step, phase, run.budget.steps)
         wishes = {"want_stop": run.rank == 0 and watch.poll(), "want_save": saves.poll()}
         keys = step(run, window, rate, **wishes, want_settle=run.rank == 0 and run.budget.is_due)
+        alive.started()
         trace.after_step()
         bad_steps = 0 if run.optimizer.applied else bad_steps + 1
         if bad_steps:
@@ -105,17 +120,23 @@ def _train(run: Run, alive: _Alarm) -> dict[str, Any]:
             metrics = _log(run, window, probe.end(), rate)
         if run.validator is not None and (last or (every and run.step % every == 0)):
             metrics |= _validate(run, alive)
+            window.forget_memory()
         stop = stop or run.optimizer.stop_wanted
         due = due or run.optimizer.save_wanted or run.step % phase.checkpoint_every == 0 or last or stop
         if due and not bad_steps:  # amid bad steps the weights may be the cause: going back must not lead to them
-            save(run, metrics)
+            uploaded = save(run, metrics)
             if saves.preempted:
                 run.report({"warning": f"a node is being taken away: saved a checkpoint at step {run.step}"})
-            saves.saved()
+            saves.saved(uploaded)
             due = False
             if stop and not last:
                 return {"kind": "stopped", "step": run.step}
     return {"kind": "done", "step": run.step}
+
+
+def log_interval(run: Run) -> int:
+    """Steps between two logs: the phase's, or more where there would be too many."""
+    return max(run.job.phase.log_every, -(-(run.budget.steps or 0) // MOST_LOGS))
 
 
 def step(run: Run, window: Window, rate: float, **wishes: bool) -> list[str]:
@@ -144,7 +165,7 @@ def _global_batch(run: Run, window: Window) -> list[str]:
         with window.timing("data_wait_s"):
             batch = next(run.batches)
             keys += batch.keys
-        set_drop_path_draws(run.engine.module, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
+        set_drop_path_draws(run.drop_paths, draws[number * run.micro_batch :][: max(1, len(batch.keys))])
         with window.timing("forward_s"):
             loss, seen = _weighted_loss(run, batch)
             run.optimizer.add_loss(loss)
@@ -164,7 +185,7 @@ def _drop_path_draws(run: Run) -> Tensor:
     Drawn for the whole global batch, so that it is the sample that counts and not the rank.
     """
     generator = torch.Generator().manual_seed(int(digest_of([run.job.seed, run.step])[:15], 16))
-    size = (run.job.phase.global_batch, len(drop_paths(run.engine.module)), DropPath.BRANCHES)
+    size = (run.job.phase.global_batch, len(run.drop_paths), DropPath.BRANCHES)
     mine = torch.rand(size, generator=generator)[run.rank :: run.world_size]
     draws = torch.cat([mine, torch.ones(1, *size[1:])])
     # pinned, else the copy waits until the GPU has nothing left to do
@@ -204,10 +225,9 @@ def _log(run: Run, window: Window, communication_s: float, rate: float) -> dict[
 def _validate(run: Run, alive: _Alarm) -> dict[str, float]:
     """Collective: judge the averaged weights, keep the best."""
     assert run.validator is not None
-    alive.rearm()
     weights = zero.gathered_ema(run.engine, run.ema, run.job.compute.zero_stage)
     network = fresh_network(run.job).to(run.device).eval()
-    record = run.validator.judge(network, weights, run.step, run.job.validation.pictures)
+    record = run.validator.judge(network, weights, run.step, run.job.validation.pictures, alive.rearm)
     run.report(record)
     metrics: dict[str, float] = record["metrics"]
     return metrics
@@ -249,12 +269,9 @@ class _Trace:
             checkpoint.upload(Path(folder, name), uri, TRACE_PATIENCE_S)
 
 
-def save(run: Run, metrics: dict[str, float]) -> None:
-    """Collective. At ZeRO 0 every rank holds everything, so only rank 0 saves."""
+def save(run: Run, metrics: dict[str, float]) -> threading.Event:
+    """Collective; tells when this rank's part is uploaded. At ZeRO 0 every rank holds everything: only rank 0 saves."""
     stage = run.job.compute.zero_stage
-    best = run.validator.best if run.validator is not None else None
-    if run.validator is not None:
-        run.validator.wait()
     meta = {
         "step": run.step,
         "data_step": run.step + run.data_offset,
@@ -264,20 +281,37 @@ def save(run: Run, metrics: dict[str, float]) -> None:
         "zero_stage": stage,
         "world_size": run.world_size,
         "layout": zero.layout(run.engine, stage),
-        "best": best.model_dump() if best else None,
         **run.budget.as_meta(),
     }
     part = zero.local_part(run.engine, run.ema) if stage or run.rank == 0 else None
     run.saved = checkpoint.name_of(meta)
     adversary = run.adversary.state() if run.adversary is not None and run.rank == 0 else None
-    checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary)
+    say = functools.partial(_warn_of_upload, run)
+    return checkpoint.save(part, meta, metrics, run.job.checkpoints_uri, adversary, run.job.patience_s, say)
+
+
+def _warn_of_upload(run: Run, text: str) -> None:
+    run.report({"warning": f"a checkpoint waits for the storage: {text}"})
 
 
 def _tell_of_bad_step(run: Run, keys: list[str]) -> None:
-    """Every rank names the samples of a step that was not applied."""
-    had = f"rank {run.rank} had loss {float(run.optimizer.loss):.5g} from {', '.join(keys)}"
-    warning = f"step {run.step} not applied: gradient norm {run.optimizer.grad_norm:.5g}; {had}"
-    run.mailbox.post.remote({"step": run.step, "warning": warning})
+    """Collective: rank 0 tells the driver of a step that was not applied: every rank's loss and samples."""
+    ranks: list[Any] | None = [None] * run.world_size if run.rank == 0 else None
+    # figures as text: JSON knows no NaN
+    mine = {"rank": run.rank, "loss": f"{float(run.optimizer.loss):.5g}", "samples": keys}
+    dist.gather_object(mine, ranks)
+    if ranks is None:
+        return
+    guilty = [found for found in ranks if not math.isfinite(float(found["loss"]))] or ranks
+    named = [
+        f"rank {found['rank']} had loss {found['loss']} from {', '.join(found['samples'])}"
+        for found in guilty[:BAD_RANKS_NAMED]
+    ]
+    if len(guilty) > len(named):
+        named.append(f"{len(guilty) - len(named)} ranks more")
+    norm = f"{run.optimizer.grad_norm:.5g}"
+    said = f"step {run.step} not applied: gradient norm {norm}; {'; '.join(named)}"
+    run.report({"bad_step": {"said": said, "gradient_norm": norm, "ranks": ranks}})
 
 
 def _roll_back(run: Run, bad_steps: int) -> dict[str, Any]:

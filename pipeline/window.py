@@ -23,6 +23,12 @@ class Window:
         self.times_s = dict.fromkeys(("data_wait_s", "forward_s", "backward_s", "optimizer_s"), 0.0)
         self.marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.begin = time.perf_counter()
+        self.forget_memory()
+
+    def forget_memory(self) -> None:
+        """What was held until now (by trials of micro-batches, by a validation) is no part of the next figure."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """The live objects of one training process, and how they are set up: fresh, from weights, or from a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from data_prep.loader import Batch, PairLoader, PairSettings, micro_batches_per_
 from data_prep.shard_cache import default_cache
 from data_prep.uri import join
 from model import build
-from model.blocks import UpscalingNetwork
+from model.blocks import DropPath, UpscalingNetwork, drop_paths
 from model.init import bicubic_start
 from model.losses import Loss, with_adversary
 from model.precision import emulation_note, keep_fp32_exact, resolve_precision
@@ -30,7 +30,7 @@ from pipeline.launch import TrainJob
 from pipeline.objective import loss_of
 from pipeline.optimizer import GuardedAdam
 from pipeline.system import SystemWatch
-from pipeline.validate import Best, Validator
+from pipeline.validate import Validator, published_best
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Run:
     batches: Iterator[Batch]
     loss: Loss
     adversary: Adversary | None
+    drop_paths: list[DropPath]
     device: torch.device
     rank: int
     world_size: int
@@ -67,8 +68,11 @@ class Run:
             self.mailbox.post.remote({"step": self.step, **record})
 
 
-def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
-    """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None."""
+def set_up(job: TrainJob, mailbox: Any, images: Any, alive: Callable[[], object] = lambda: None) -> Run:
+    """Collective. mailbox: the driver's actor; images: an object reference to validation images, or None.
+
+    alive: called between the parts, each of which may take minutes.
+    """
     checkpoint.sweep()
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -79,23 +83,30 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
     bf16 = _agree(resolve_precision(job.phase.precision, device) == "bf16", device)
     if not bf16:
         keep_fp32_exact()
+    alive()
     network, state, meta = _start(job)
+    alive()
     network.to(device)
     macs = macs_per_sample(network, job.phase.patch_px)
-    if job.compute.compile:
-        network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
     micro_batch, loss = job.compute.micro_batch, loss_of(job.phase, device)
     adversary = _adversary(job, meta, device, bf16)
     if adversary is not None:
         loss = with_adversary(loss, adversary.loss)
     if micro_batch == "auto":
+        alive()
         micro_batch = find_micro_batch(network, loss, job.phase, job.compute, job.training.scale, bf16)
+    if (
+        job.compute.compile
+    ):  # after the trials, each of which would be compiled; that of the batch is, at the first step
+        network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
+    alive()
     step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
     engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)
     ema = zero.PartitionedEMA(engine, job.phase.ema_decay)
     if state is not None:
         zero.restore(engine, ema, state, meta["optimizer_steps"])
     engine.train()
+    alive()
     run = Run(
         job=job,
         engine=engine,
@@ -104,6 +115,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         batches=iter(_loader(job, micro_batch, rank, world_size, step + data_offset, device)),
         loss=loss,
         adversary=adversary,
+        drop_paths=drop_paths(network),
         device=device,
         rank=rank,
         world_size=world_size,
@@ -114,10 +126,11 @@ def set_up(job: TrainJob, mailbox: Any, images: Any) -> Run:
         data_offset=data_offset,
         saved=checkpoint.name_of(meta) if state is not None else None,
         mailbox=mailbox,
-        validator=_validator(job, images, meta),
+        validator=_validator(job, images),
         system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,
         peak_share_per_image_per_s=TRAINING_PASSES * macs / (peak_macs_per_s(device, bf16) * world_size),
     )
+    alive()
     if note := emulation_note(job.phase.precision, device):
         run.report({"warning": note})
     if changed := artifact.changed_libraries(meta.get("code", {})):
@@ -152,11 +165,11 @@ def _adversary(job: TrainJob, meta: dict[str, Any], device: torch.device, bf16: 
     return adversary
 
 
-def _validator(job: TrainJob, images: Any, meta: dict[str, Any]) -> Validator | None:
+def _validator(job: TrainJob, images: Any) -> Validator | None:
     if images is None:
         return None
-    best = Best.model_validate(meta["best"]) if meta.get("best") else None
-    return Validator(ray.get(images), job.gate_metric, join(job.checkpoints_uri, "best"), best)
+    place = join(job.checkpoints_uri, "best")
+    return Validator(ray.get(images), job.gate_metric, place, published_best(place, job.gate_metric), job.patience_s)
 
 
 def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, dict[str, Any]]:

@@ -98,7 +98,7 @@ def check_tracking(cloud: Cloud) -> None:
     assert {"learning_rate", "images_per_s", "step_time_s", "data_wait_s"} <= set(trained.data.metrics)
     assert 0 < trained.data.metrics["communication_s"] < trained.data.metrics["step_time_s"] * 4
     assert 0 < trained.data.metrics["percent_of_peak"] < 100
-    assert {f"system/node{node}/cpu_utilization_percentage" for node in (0, 1)} <= set(trained.data.metrics)
+    assert "system/cpu_utilization_percentage" in trained.data.metrics
     assert trained.data.tags["hatchery.micro_batch_used"] == "4"  # auto: all of a worker's half of the global batch
     validations = client.get_metric_history(trained.info.run_id, "validation_psnr_y")
     assert [entry.step for entry in validations] == [2, 4]

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,9 @@ def train_half(rank: int, world_size: int, case: Case, half: int, folder: Path) 
         assert set(engine.optimizer.ipg_buckets) == {torch.float32}
     if state:
         zero.restore(engine, ema, state, steps[0])
-    losses = [train_step(engine, ema, step, rank, world_size, case.micro_batch) for step in steps]
+    with warnings.catch_warnings(record=True) as warned:
+        losses = [train_step(engine, ema, step, rank, world_size, case.micro_batch) for step in steps]
+    assert not warned, f"printed by every rank at every step: {warned[0].message}"
     parts: list[Any] = [None] * world_size
     dist.all_gather_object(parts, zero.local_part(engine, ema))
     if rank == 0:

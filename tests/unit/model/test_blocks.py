@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.blocks import DropPath, Float32Conv2d, set_drop_path_draws, stages_of, upsampler
+from model.blocks import DropPath, Float32Conv2d, drop_paths, set_drop_path_draws, stages_of, upsampler
 from tests.unit.model.tiny import tiny
 
 
@@ -18,16 +18,17 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
 
 def test_drop_path_follows_the_samples_numbers_in_any_batch() -> None:
     network = tiny(depths=(2,), drop_path_rate=0.5).train()
+    paths = drop_paths(network)
     x, draws = torch.rand(4, 3, 8, 8), torch.rand(4, 2, DropPath.BRANCHES, generator=torch.Generator().manual_seed(1))
-    set_drop_path_draws(network, draws)
+    set_drop_path_draws(paths, draws)
     together = network(x)
     assert torch.equal(network(x), together)
     for part in (slice(0, 1), slice(1, 4)):
-        set_drop_path_draws(network, draws[part])
+        set_drop_path_draws(paths, draws[part])
         torch.testing.assert_close(network(x[part]), together[part], rtol=1e-5, atol=1e-6)
-    set_drop_path_draws(network, draws.flip(0))
+    set_drop_path_draws(paths, draws.flip(0))
     assert not torch.allclose(network(x), together, atol=1e-4)
-    set_drop_path_draws(network, None)
+    set_drop_path_draws(paths, None)
     torch.manual_seed(0)
     assert not torch.equal(network(x), network(x))
 

@@ -67,7 +67,7 @@ def steps(network: nn.Module) -> tuple[list[float], list[torch.Tensor]]:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses = []
     for _ in range(3):
-        set_drop_path_draws(network, torch.rand(2, len(drop_paths(network)), DropPath.BRANCHES))
+        set_drop_path_draws(drop_paths(network), torch.rand(2, len(drop_paths(network)), DropPath.BRANCHES))
         loss = (network(torch.rand(2, 3, 8, 16)) - torch.rand(2, 3, 16, 32)).abs().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -27,7 +27,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, **own: Callable[..., Any]) -> None
     for name, used in {
         "Window": lambda device: None,
         "StopWatch": lambda mailbox: SimpleNamespace(poll=lambda: False),
-        "SaveWatch": lambda every_s: SimpleNamespace(poll=lambda: False, saved=lambda: None, preempted=False),
+        "SaveWatch": lambda every_s: SimpleNamespace(poll=lambda: False, saved=lambda uploaded: None, preempted=False),
         "CommunicationProbe": lambda: SimpleNamespace(begin=lambda: None, end=lambda: 0.0),
         "_Trace": lambda run: SimpleNamespace(before_step=lambda: None, after_step=lambda: None),
         "_log": lambda *arguments: {},

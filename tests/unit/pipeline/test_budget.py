@@ -49,7 +49,7 @@ class Training:
         self.saved.append({"step": run.step, **run.budget.as_meta()})
 
     def go(self) -> dict[str, Any]:
-        return train._train(self.run, SimpleNamespace(rearm=lambda: None))  # type: ignore[arg-type]
+        return train._train(self.run, SimpleNamespace(rearm=lambda: None, started=lambda: None))  # type: ignore[arg-type]
 
 
 def test_a_training_ends_when_its_minutes_are_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def hatchery(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     ("arguments", "paths"),
     [
         (["compute.zero_stage"], ["compute.zero_stage"]),
-        (["tracking"], ["tracking.uri", "tracking.experiment"]),
+        (["tracking"], ["tracking.uri", "tracking.experiment", "tracking.patience_s"]),
         (["steps"], ["phases.NAME.steps"]),
         (
             ["warmup_steps", "--recipe", "demo"],

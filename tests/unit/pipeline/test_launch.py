@@ -1,5 +1,8 @@
 """The driver's side of a training: which failures end it, and which are waited for."""
 
+import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +11,9 @@ import pytest
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from data_prep.storage import DamageError, StorageError
-from pipeline import launch
+from pipeline import checkpoint, launch, signals
 from pipeline.config import ComputeConfig, ModelConfig, PhaseConfig, TrainingConfig
+from pipeline.errors import Stopped
 from pipeline.launch import TrainJob
 
 
@@ -64,7 +68,7 @@ class FakeMonitor:
 
 def fit(script: Script, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(launch, "_trainer", lambda job, monitor, references: monitor)
-    return launch._fit(job(folder), script, {})  # type: ignore[arg-type]
+    return launch._fit(job(folder), script, {}, signals.Asked())  # type: ignore[arg-type]
 
 
 def test_a_read_that_fails_for_a_while_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +111,63 @@ def test_processes_that_are_lost_without_getting_further_end_the_training(
         fit(Script((5, OSError("killed")), (9, OSError("killed")), (9, OSError("killed"))), tmp_path, monkeypatch)
 
 
+class Committing(Script):
+    """A script in which Ray Train commits a checkpoint before each failure."""
+
+    def __init__(self, folder: Path, *failures: tuple[int, Exception]) -> None:
+        super().__init__(*failures)
+        self.folder = folder / "checkpoints"
+
+    def fit(self) -> Any:
+        if self.failures:
+            names = [f"step-{self.failures[0][0]:08d}-00000000"]
+            (self.folder / names[0]).mkdir(parents=True)
+            (self.folder / names[0] / checkpoint.META).touch()
+            snapshot = {"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}
+            (self.folder / checkpoint.SNAPSHOT).write_text(json.dumps(snapshot))
+        return super().fit()
+
+
+def test_what_counts_as_getting_further_is_a_committed_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After going back all steps lie below the highest one of before."""
+    script = Committing(tmp_path, *[(step, OSError("killed")) for step in (500, 600, 700, 800)])
+    script.last_step = 1000
+    assert fit(script, tmp_path, monkeypatch).return_value == {"kind": "done"}
+
+
+def test_steps_without_a_checkpoint_are_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Script(*[(step, OSError("killed")) for step in (5, 6, 7, 8)])
+    with pytest.raises(WorkerGroupError, match="killed"):
+        fit(script, tmp_path, monkeypatch)
+    assert script.last_step == 6
+
+
+@pytest.mark.parametrize("ended", ["done", "failed"])
+def test_a_stop_that_no_step_heeds_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str) -> None:
+    """It arrives in the last step, or when the training was just lost."""
+
+    def fit() -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        if ended == "failed":
+            raise WorkerGroupError("killed", {0: OSError("killed")})
+        return SimpleNamespace(return_value={"kind": "done"}, checkpoint="c")
+
+    monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: False)
+    monkeypatch.setattr(launch, "Monitor", FakeMonitor)
+    monkeypatch.setattr(launch, "_trainer", lambda *arguments: SimpleNamespace(fit=fit))
+    with pytest.raises(Stopped, match="t was asked to stop when it was") as stopped, signals.ending():
+        launch.run_training(job(tmp_path), lambda record: None)
+    assert stopped.value.exit_code == 143
+
+
 def test_gpus_are_decided_once_for_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [True, False]  # a node goes down between two attempts
     monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: answers.pop(0))
     given = []
 
-    def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
+    def fit(job: TrainJob, monitor: Any, *more: Any) -> Any:
         given.append(job.compute.use_gpu)
         kind = "roll_back" if len(given) == 1 else "done"
         value = {"kind": kind, "step": 1, "data_offset": 1, "reason": "r", "checkpoint": None}
@@ -131,7 +186,7 @@ def test_the_same_checkpoint_twice_is_passed_over(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(launch.checkpoint, "discard", lambda place, name: passed.append(name) or True)
     ends: list[str | None] = [None, None, "step-4", "step-8", "step-8"]
 
-    def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
+    def fit(job: TrainJob, monitor: Any, *more: Any) -> Any:
         if not ends:
             return SimpleNamespace(return_value={"kind": "done"}, checkpoint="c")
         value = {"kind": "roll_back", "step": 9, "data_offset": 9, "reason": "r", "checkpoint": ends.pop(0)}

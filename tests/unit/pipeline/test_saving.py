@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,21 @@ def test_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not none.poll()
     watch.saved()
     assert not watch.poll()
+
+
+def test_the_clock_waits_for_the_upload_of_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A storage that is away for hours must not fill the disk; who is about to lose a node saves all the same."""
+    now, told = [100.0], [None, notice("a")]
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now[0])
+    watch, uploaded = SaveWatch(10, lambda: told[0]), threading.Event()
+    watch.saved(uploaded)
+    now[0] = 1000
+    assert not watch.poll()
+    told.reverse()
+    assert watch.poll()
+    told.reverse()
+    uploaded.set()
+    assert watch.poll()
 
 
 def test_once_at_each_notice_of_preemption() -> None:

@@ -1,5 +1,6 @@
 """Asking a training to end: first by a checkpoint, then at once; a lost lock never waits for one."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import ray.train
 
-from pipeline import signals
+from pipeline import cluster, signals
+from pipeline.config import ComputeConfig
+from pipeline.errors import Stopped
 from pipeline.launch import _Trainer
 from pipeline.lock import LockedError, StorageLock
 from tests.unit.pipeline.test_lock import edit
@@ -53,6 +56,45 @@ def test_an_interrupt_does_not_wait_for_a_checkpoint() -> None:
     with signals.asking(lambda: calls.append(1)), pytest.raises(KeyboardInterrupt):
         interrupted()
     assert calls == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_a_run_waits_for(number: int, code: int) -> None:
+    before, begin = signal.getsignal(number), time.monotonic()
+    threading.Timer(0.5, os.kill, [os.getpid(), number]).start()
+    with pytest.raises(Stopped, match="was asked to stop") as stopped, signals.ending():
+        time.sleep(20)
+    assert stopped.value.exit_code == code
+    assert time.monotonic() - begin < 5
+    assert signal.getsignal(number) is before
+
+
+def test_a_wish_to_stop_outlives_the_training_and_who_swallows_it() -> None:
+    with signals.ending() as run:
+        with signals.asking(lambda: None) as asked:
+            send(signal.SIGTERM)
+        assert (run.signal, asked.signal) == (signal.SIGTERM, signal.SIGTERM)
+        with pytest.raises(Stopped) as stopped:
+            signals.check()
+        assert stopped.value.exit_code == 143
+    with signals.ending():
+        with contextlib.suppress(KeyboardInterrupt):
+            send(signal.SIGTERM)
+        send(signal.SIGTERM)  # nothing more: it is ending already
+        with pytest.raises(Stopped):
+            signals.check()
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    signals.check()
+
+
+def test_ray_leaves_signals_to_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` would end the process by sys.exit(15) from then on."""
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    with pytest.raises(Stopped), signals.ending(), cluster.connected(ComputeConfig(), "local", debug=False):
+        send(signal.SIGTERM)
 
 
 def test_other_threads_are_left_alone() -> None:

@@ -2,17 +2,21 @@
 
 import contextlib
 import io
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from mlflow import MlflowClient
 from mlflow.entities import ViewType
 from rich.console import Console
 
 from data_prep import storage
-from pipeline import cluster, dry_run, pretrain, stages
+from pipeline import cluster, dry_run, pretrain, signals, stages, waiting
 from pipeline.artifact import Artifact
 from pipeline.config import Recipe
 from pipeline.errors import Stopped
@@ -29,6 +33,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stages here are stand-ins that need no cluster."""
     monkeypatch.setattr(cluster, "connected", lambda *arguments: contextlib.nullcontext())
     monkeypatch.setattr(cluster, "shortage", lambda compute: None)
+    monkeypatch.setattr(pretrain.places, "check_shared", lambda uri: None)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 
 
@@ -94,6 +99,72 @@ def test_the_state_says_how_a_run_ended(
     with pytest.raises(type(error), match=str(error)):
         pretrain.run(recipe, FIRST, console())
     assert states(recipe) == {"tiny": state, "shard-photographs": state}
+
+
+def test_a_stop_ends_a_stage_and_all_that_would_follow(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library takes the interrupt for itself."""
+    began = []
+
+    def swallow(work: stages.Work) -> Artifact:
+        began.append(work.stage.name)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        return work.publish({}, {})
+
+    def wait(work: stages.Work) -> Artifact:
+        began.append(work.stage.name)
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        time.sleep(20)
+        return work.publish({}, {})
+
+    begin = time.monotonic()
+    for does in (swallow, wait):
+        stage(monkeypatch, does)
+        with pytest.raises(Stopped), signals.ending():
+            pretrain.run(recipe, pretrain.Choice(stages=["shard"]), console())
+    assert began == ["shard-photographs", "shard-sharp"]
+    assert time.monotonic() - begin < 10
+    assert states(recipe) == {"tiny": "KILLED", "shard-photographs": "FINISHED", "shard-sharp": "KILLED"}
+
+
+def left(recipe: Recipe, **owner: object) -> Tracker:
+    """A recipe's run and a stage's, left RUNNING by another process."""
+    tracker = Tracker(recipe)
+    tracker.owner.record |= owner
+    tracker.stage_run("gone", "f", {})
+    return tracker
+
+
+def test_what_a_killed_run_left_running_is_ended_by_the_next_call(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(recipe, process_started=1.0)
+    stage(monkeypatch, lambda work: work.publish({}, {}))
+    told = console()
+    pretrain.run(recipe, FIRST, told)
+    assert states(recipe) == {"tiny": "FINISHED", "gone": "KILLED", "shard-photographs": "FINISHED"}
+    said = told.file.getvalue()  # type: ignore[attr-defined]
+    assert "MLflow run gone was left running by a process that died: marked as KILLED" in said
+
+
+def test_who_is_silent_on_another_machine_is_dead_and_who_is_not_lives(recipe: Recipe) -> None:
+    left(recipe, machine="another", pid=1).owner.done.set()
+    other = recipe.model_copy(update={"seed": 5, "name": "other"})
+    living = Tracker(other)
+    living.owner.record |= {"machine": "a third"}
+    living.owner.beat_s = 0.02
+    living.begin()
+    mine = Tracker(recipe.model_copy(update={"seed": 6, "name": "mine"}))
+    mine.owner.beat_s = 0.3
+    mine.end_left()
+    mine.begin()
+    until = time.monotonic() + 20
+    while states(recipe)["gone"] == "RUNNING" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert states(recipe) == {"tiny": "KILLED", "gone": "KILLED", "other": "RUNNING", "mine": "RUNNING"}
+    for tracker in (living, mine):
+        tracker.finish(tracker.begin())
 
 
 def test_an_absent_mlflow_takes_no_errors_place(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,3 +264,83 @@ def test_a_stage_counts_as_done_only_when_mlflow_has_all_of_it(
     again = console()
     pretrain.run(recipe, FIRST, again)
     assert "nothing to run" in again.file.getvalue()  # type: ignore[attr-defined]
+
+
+def away() -> storage.StorageError:
+    """What a storage that does not answer is told by."""
+    error = storage.StorageError("s3://bucket/key: the server does not answer")
+    error.__cause__ = EndpointConnectionError(endpoint_url="http://s3")
+    return error
+
+
+def test_a_storage_that_says_no_is_asked_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "PAUSE_S", 0.02)
+    monkeypatch.setattr(waiting, "REFUSED_S", 0.1)
+    errors, said = [away()] * 20 + [storage.StorageError("access denied")] * 2, []
+
+    def ask() -> str:
+        if errors:
+            raise errors.pop()
+        return "answer"
+
+    waited_s, answer = waiting.until_it_answers(ask, 100, say=said.append)
+    assert answer == "answer"
+    assert waited_s > 0.4
+    assert said == ["access denied: trying again for 0 minutes"]
+    errors += [storage.StorageError("access denied")] * 50
+    with pytest.raises(storage.StorageError, match="access denied"):
+        waiting.until_it_answers(ask, 100)
+    assert waiting.until_it_answers(ask, 100, lambda: False)[1] is None
+
+
+def test_a_stage_waits_for_a_storage_that_is_away_and_is_begun_again(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries, asked, working = [], [], storage.exists
+
+    def lose(work: stages.Work) -> Artifact:
+        tries.append(work.stage.name)
+        if len(tries) == 1:
+            monkeypatch.setattr(storage, "exists", exists)
+            raise storage.StorageError("s3://bucket/key: told by a task, without what caused it")
+        return work.publish({}, {})
+
+    def exists(uri: str) -> bool:
+        asked.append(uri)
+        if len(asked) < 3:
+            raise away()
+        return working(uri)
+
+    monkeypatch.setattr(waiting, "PAUSE_S", 0.01)
+    stage(monkeypatch, lose)
+    pretrain.run(recipe, FIRST, console())
+    assert len(tries) == 2
+    assert states(recipe) == {"tiny": "FINISHED", "shard-photographs": "FINISHED"}
+
+
+@pytest.mark.parametrize(
+    ("error", "is_away"), [(away(), True), (storage.StorageError("access denied"), False), (away(), False)]
+)
+def test_what_waiting_does_not_mend_ends_a_stage(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception, is_away: bool
+) -> None:
+    """A storage that stays away, one that refuses, and a local disk that is full."""
+    recipe = recipe.model_copy(
+        update={"storage": recipe.storage.model_copy(update={"patience_s": 0.1}), "seed": len(str(error))}
+    )
+    tries = []
+
+    def lose(work: stages.Work) -> Artifact:
+        tries.append(1)
+        if is_away:
+            monkeypatch.setattr(storage, "exists", refuse)
+        raise error
+
+    def refuse(uri: str) -> bool:
+        raise away()
+
+    monkeypatch.setattr(waiting, "PAUSE_S", 0.05)
+    stage(monkeypatch, lose)
+    with pytest.raises(storage.StorageError):
+        pretrain.run(recipe, FIRST, console())
+    assert len(tries) == 1

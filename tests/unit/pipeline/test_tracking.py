@@ -80,7 +80,7 @@ def test_an_absent_server_is_said_once_and_so_is_its_return(tracker: Tracker, sa
 def test_what_cannot_wait_ends_in_one_line(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MlflowException, match="not found"):  # as code that looks for something expects
         tracker.client.get_run("0" * 32)
-    monkeypatch.setattr("pipeline.patient.PATIENCE_S", 0)
+    monkeypatch.setattr(tracker.client, "_patience_s", 0)
     monkeypatch.setattr(tracker.client, "_client", MlflowClient(NOBODY))
     with pytest.raises(TrackingError, match=f"MLflow at {tracker.uri}: API request to {NOBODY}"):
         tracker.client.get_run("0" * 32)
@@ -105,6 +105,23 @@ def test_every_ranks_warning_is_kept_whole(tracker: Tracker, said: list[str]) ->
         whole[name] = whole.get(name, "") + value
     assert sorted(whole.values()) == sorted(warnings)
     assert said == [f"      train: {warning}" for warning in warnings]
+
+
+def test_a_bad_step_is_one_file_and_a_count(tracker: Tracker, said: list[str]) -> None:
+    run_id = tracker.stage_run("train", "bad", {})
+    work = SimpleNamespace(
+        stage=SimpleNamespace(name="train"), tracker=tracker, run_id=run_id, display=SimpleNamespace(say=said.append)
+    )
+    handle = stages._training_records(work, {})
+    for step in (7, 8):
+        handle({"step": step, "bad_step": {"said": f"step {step} not applied", "ranks": [{}] * 64}})
+    tracker.flush()
+    run = tracker.client.get_run(run_id)
+    assert run.data.metrics == {"bad_steps": 2}
+    assert not any("warning" in tag for tag in run.data.tags)
+    files = [file.path for file in tracker.client.list_artifacts(run_id, "bad-steps")]
+    assert files == ["bad-steps/step-00000007.json", "bad-steps/step-00000008.json"]
+    assert said == ["      train: step 7 not applied", "      train: step 8 not applied"]
 
 
 @pytest.mark.parametrize("name", ["o'brien", '100% "sure" #1 & o\'x;y'])
@@ -167,3 +184,59 @@ def test_a_database_that_cannot_be_used_is_one_line_at_once(tmp_path: Path, cont
     with pytest.raises(TrackingError, match=f"MLflow database sqlite:///{file} cannot be used: .*; choose another"):
         connect(f"sqlite:///{file}")
     assert time.monotonic() - begin < 5  # MLflow itself would try for two minutes
+
+
+def test_what_is_missed_arrives_though_the_run_is_killed_meanwhile(tracker: Tracker, said: list[str]) -> None:
+    run_id = tracker.stage_run("train", "killed", {})
+    tracker.flush()
+    tracker.log_metrics(run_id, {"loss": 0.5}, 1)
+    tracker.impatient = MlflowClient(NOBODY)
+    tracker.last_flush = 0
+    tracker.log_metrics(run_id, {"loss": 0.25}, 2)  # noticed here
+    tracker.log_metrics(run_id, {"loss": 0.125}, 3)
+    tracker.tag_later(run_id, {"kept": "http://u:SECRET@host"})
+    tracker.log_bytes_later(run_id, "validation/a.png", b"picture")
+    assert tracker.outbox.own is not None
+    kept = Path(tracker.outbox.own.name)
+    assert b"SECRET" not in kept.read_bytes()
+    beside = Tracker(tracker.recipe)
+    beside.begin()
+    beside.flush()
+    assert kept.exists()  # who keeps it lives
+    tracker.outbox.own.write('{"run": "half writ')
+    tracker.outbox.own.close()  # as the system does for one that is killed
+    after = Tracker(tracker.recipe)
+    after.say = said.append
+    assert after.stage_run("train", "killed", {}) == run_id
+    after.finish(run_id)
+    assert [point.value for point in after.client.get_metric_history(run_id, "loss")] == [0.5, 0.25, 0.125]
+    assert after.client.get_run(run_id).data.tags["kept"] == "http://host"
+    assert [file.path for file in after.client.list_artifacts(run_id, "validation")] == ["validation/a.png"]
+    assert list(kept.parent.iterdir()) == []
+    assert "5 entries that MLflow missed in an earlier call are sent now" in said
+
+
+def test_a_full_disk_leaves_it_in_memory(tracker: Tracker, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = tracker.stage_run("train", "full", {})
+    working, tracker.impatient = tracker.impatient, MlflowClient(NOBODY)
+    tracker.outbox.place = lambda: Path("/proc/nowhere")
+    for step in (1, 2):
+        tracker.log_metrics(run_id, {"loss": 0.5}, step)
+        tracker._try_flush()
+    assert sum("is kept in memory alone" in line for line in said) == 1
+    tracker.impatient = working
+    tracker.flush()
+    assert len(working.get_metric_history(run_id, "loss")) == 2
+
+
+def test_how_long_mlflow_is_waited_for_is_a_setting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracker = Tracker(recipe_in(folder, "tracking.patience_s=0"))
+    run_id = tracker.stage_run("train", "patience", {})
+    tracker.impatient = MlflowClient(NOBODY)
+    monkeypatch.setattr(tracker.client, "_client", tracker.impatient)
+    tracker.log_metrics(run_id, {"loss": 0.5}, 1)
+    with pytest.raises(TrackingError, match="did not take 1 metrics"):
+        tracker.finish(run_id)
+    with pytest.raises(TrackingError, match="API request to"):
+        tracker.log_params(run_id, {"a": 1})

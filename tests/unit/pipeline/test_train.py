@@ -35,7 +35,7 @@ class Loop:
         run.saved = f"step-{run.step}"
 
     def outcome(self) -> dict[str, Any]:
-        return train._train(self.run, SimpleNamespace(rearm=lambda: None))  # type: ignore[arg-type]
+        return train._train(self.run, SimpleNamespace(rearm=lambda: None, started=lambda: None))  # type: ignore[arg-type]
 
 
 def test_a_save_amid_bad_steps_waits_for_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +70,39 @@ def test_a_wish_to_save_is_granted_on_every_rank_and_kept_amid_bad_steps(monkeyp
     assert loop.saved == [3, 7, 8]
 
 
-def test_names_of_bad_steps_say_whose_loss_it_was() -> None:
-    posted: list[Any] = []
-    mailbox = SimpleNamespace(post=SimpleNamespace(remote=posted.append))
-    optimizer = SimpleNamespace(loss=float("inf"), grad_norm=1.5)
-    train._tell_of_bad_step(SimpleNamespace(step=3, rank=1, mailbox=mailbox, optimizer=optimizer), ["a", "b"])  # type: ignore[arg-type]
-    assert posted == [{"step": 3, "warning": "step 3 not applied: gradient norm 1.5; rank 1 had loss inf from a, b"}]
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_bad_step_is_one_record_of_all_ranks_losses_and_samples(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    def gather_object(mine: dict[str, Any], ranks: list[Any] | None) -> None:
+        for number in range(64 if ranks is not None else 0):
+            loss = "inf" if number % 10 == 5 else "0.1"
+            ranks[number] = {"rank": number, "loss": loss, "samples": [f"s{number}"]}  # type: ignore[index]
+        assert mine == {"rank": rank, "loss": "0.1", "samples": ["a", "b"]}
+
+    monkeypatch.setattr(train.dist, "gather_object", gather_object)
+    told: list[Any] = []
+    run: Any = SimpleNamespace(
+        step=3, rank=rank, world_size=64, report=told.append, optimizer=SimpleNamespace(loss=0.1, grad_norm=1.5)
+    )
+    train._tell_of_bad_step(run, ["a", "b"])
+    if rank:
+        assert told == []
+        return
+    (found,) = (record["bad_step"] for record in told)
+    assert [len(found["ranks"]), found["gradient_norm"]] == [64, "1.5"]
+    assert found["said"] == (
+        "step 3 not applied: gradient norm 1.5; rank 5 had loss inf from s5; rank 15 had loss inf from s15; "
+        "rank 25 had loss inf from s25; rank 35 had loss inf from s35; 2 ranks more"
+    )
+
+
+def test_the_start_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    armed: list[float] = []
+    monkeypatch.setattr(train.faulthandler, "dump_traceback_later", lambda seconds, exit: armed.append(seconds))
+    with train._not_hanging(3600, 900) as alive:
+        alive.armed_at -= 10
+        alive.rearm()  # a part of the start is over
+        assert armed == [3600, 3600]
+        alive.started()  # at once, though the last sign of life was just now
+        assert armed == [3600, 3600, 900]
+        alive.started()
+        assert armed == [3600, 3600, 900]
