@@ -78,11 +78,12 @@ def test_a_read_that_fails_for_a_while_is_waited_for(tmp_path: Path, monkeypatch
 def test_the_drivers_own_reads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [StorageError("s3://b: timed out"), StorageError("s3://b: timed out")]
 
-    def recover(place: str) -> None:
+    def begin_attempt(*told: object) -> tuple[str, None]:
         if failures:
             raise failures.pop()
+        return "attempt-000001", None
 
-    monkeypatch.setattr(launch.checkpoint, "recover", recover)
+    monkeypatch.setattr(launch.checkpoint, "begin_attempt", begin_attempt)
     assert fit(Script(), tmp_path, monkeypatch).return_value == {"kind": "done"}
 
 
@@ -112,7 +113,7 @@ def test_gpus_are_decided_once_for_a_training(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: answers.pop(0))
     given = []
 
-    def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
+    def fit(job: TrainJob, monitor: Any, references: Any, check: Any) -> Any:
         given.append(job.compute.use_gpu)
         kind = "roll_back" if len(given) == 1 else "done"
         value = {"kind": kind, "step": 1, "data_offset": 1, "reason": "r", "checkpoint": None}
@@ -131,7 +132,7 @@ def test_the_same_checkpoint_twice_is_passed_over(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(launch.checkpoint, "discard", lambda place, name: passed.append(name) or True)
     ends: list[str | None] = [None, None, "step-4", "step-8", "step-8"]
 
-    def fit(job: TrainJob, monitor: Any, references: Any) -> Any:
+    def fit(job: TrainJob, monitor: Any, references: Any, check: Any) -> Any:
         if not ends:
             return SimpleNamespace(return_value={"kind": "done"}, checkpoint="c")
         value = {"kind": "roll_back", "step": 9, "data_offset": 9, "reason": "r", "checkpoint": ends.pop(0)}
@@ -143,3 +144,25 @@ def test_the_same_checkpoint_twice_is_passed_over(tmp_path: Path, monkeypatch: p
     assert passed == ["step-8"]
     assert told[-1] == "r: going back to the checkpoint before step-8, which failed twice"
     assert told[:-1] == ["r: going back to the last checkpoint"] * 4
+
+
+def test_what_came_to_its_end_before_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the last checkpoint and the artifact: the next attempt has nothing to do and reports nothing."""
+    monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: False)
+    monkeypatch.setattr(launch, "Monitor", FakeMonitor)
+    monkeypatch.setattr(launch.checkpoint, "recover", lambda place: f"{place}/attempt-000001/step-00000010-00000010-a")
+    ended = SimpleNamespace(return_value={"kind": "done"}, checkpoint=None)
+    monkeypatch.setattr(launch, "_fit", lambda *told: ended)
+    made = launch.run_training(job(tmp_path), lambda record: None)
+    assert made.path == f"{tmp_path}/checkpoints/attempt-000001/step-00000010-00000010-a"
+
+
+def test_every_attempt_has_a_folder_of_its_own_and_goes_on_from_the_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    script = Script((5, StorageError("away")))
+    monkeypatch.setattr(launch, "_trainer", lambda job, *told: given.append((job.attempt, job.resume_from)) or script)
+    launch._fit(job(tmp_path), script, {})  # type: ignore[arg-type]
+    assert given == [("attempt-000001", None), ("attempt-000002", None)]
+    assert job(tmp_path).digest == job(tmp_path).model_copy(update={"attempt": "attempt-000001"}).digest
