@@ -105,8 +105,8 @@ def _run_stages(
             # recipes share sets of shards: one makes them, the others wait and take them; of other stages one refuses
             patience_s = SHARD_PATIENCE_S if stage.kind == "shard" else 0
             purpose = f"stage {stage.name} of recipe {recipe.name}"
-            with StorageLock(lock, purpose, display.say, patience_s=patience_s):
-                artifact = look_up() or _run_stage(recipe, stage, finished, digests, tracker, display)
+            with StorageLock(lock, purpose, display.say, patience_s=patience_s) as held:
+                artifact = look_up() or _run_stage(recipe, stage, finished, digests, tracker, display, held)
             display.end_stage(_summary(artifact))
         if artifact is not None:
             finished[stage.name] = artifact
@@ -120,13 +120,16 @@ def _run_stage(
     digests: dict[str, str],
     tracker: Tracker,
     display: Display,
+    lock: StorageLock,
 ) -> Artifact:
     fingerprint = stage.fingerprint(digests)
     run_id = tracker.stage_run(stage.name, fingerprint, stage.config)
     inputs = {name: finished[name] for name in stage.inputs}
     try:
         with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-            work = stages.Work(recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder))
+            work = stages.Work(
+                recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder), lock
+            )
             return stages.RUN[stage.kind](work)
     except BaseException as error:
         tracker.abandon(run_id, error)

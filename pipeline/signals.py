@@ -1,4 +1,4 @@
-"""How a training is asked to end: SIGTERM and Ctrl-C wait for a checkpoint, a second Ctrl-C and a lost lock do not."""
+"""How a training is asked to end: SIGTERM, Ctrl-C and a lost lock wait for a checkpoint, a second Ctrl-C does not."""
 
 import os
 import signal
@@ -18,6 +18,11 @@ class Asked:
     def exit_code(self) -> int:
         """The shell's code for a process that this signal ended: 143 or 130."""
         return 128 + (self.signal or signal.SIGTERM)
+
+
+def ask() -> None:
+    """Ask the main thread to end as a first Ctrl-C does: a training saves a checkpoint, all else is interrupted."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def interrupt() -> None:

@@ -96,7 +96,7 @@ def weights_of_a_good_day(folder: Path) -> dict[str, torch.Tensor]:
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (found,) = (folder / "runs" / "pretrain-x2").glob("*/weights.pth")
+    (found,) = (folder / "runs" / "pretrain-x2").rglob("weights.pth")
     return read_weights(found)
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from data_prep import storage
 from pipeline import checkpoint
 from pipeline.lock import LockedError
+from tests.s3_server import S3Server
 from tests.shared_data import ROOT
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(10.0, 13.0)
@@ -225,9 +226,9 @@ def read_on_a_node(rank: int, uri: str, folder: Path) -> None:
     assert torch.equal(state["params"]["b"], B)
 
 
-def test_a_node_downloads_a_checkpoint_once(tmp_path: Path, s3: str) -> None:
+def test_a_node_downloads_a_checkpoint_once(tmp_path: Path, s3: S3Server) -> None:
     write(tmp_path / "here", world_size=2)
-    uri = f"{s3}/attempt-000001/step-00000003-00000003-aaaaaaaa"
+    uri = f"{s3.uri}/attempt-000001/step-00000003-00000003-aaaaaaaa"
     for file in (tmp_path / "here").iterdir():
         storage.upload(file, f"{uri}/{file.name}")
     (tmp_path / "log").mkdir()
