@@ -101,6 +101,7 @@ def publish(
     """
     uri = place(storage_uri, stage, fingerprint)
     marker, folder = storage.join(uri, MARKER), f"{_FILES}{token}" if token else ""
+    check()
     seen = storage.read_versioned(marker)
     files: dict[str, FileEntry] = {}
     for name, path in sorted((local_files or {}).items()):
@@ -119,7 +120,6 @@ def publish(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         code=code_versions(),
     )
-    check()
     before_marker(artifact)
     check()
     content = artifact.model_dump_json(indent=1).encode()
