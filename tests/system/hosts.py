@@ -98,6 +98,8 @@ class Network:
             _ip("netns", "del", name)
 
     def _switch(self) -> None:
+        # else a frame waits for its turn on a busy processor, as on no network
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -15)
         on_the_way: list[tuple[float, int, int, bytes]] = []
         number, draw = itertools.count(), random.Random(0)
         while not self.stopped.is_set():

@@ -96,5 +96,6 @@ def test_a_new_cluster_continues_what_a_lost_one_has_begun(tmp_path: Path, good:
         assert "shard-photographs: done before" in said
         assert_same_training(weights, good, most=1e-5)
         steps = [step for step, _ in losses(tracking)]
-        assert set(steps) == set(range(5, STEPS + 1, 5))
+        # what the driver had not sent yet died with it: of the interval before the checkpoint that was gone on from
+        assert set(range(5, STEPS + 1, 5)) - set(steps) <= set(range(int(begun[1]) - EVERY + 5, int(begun[1]) + 1, 5))
         assert len(steps) <= len(set(steps)) + 2 * EVERY // 5  # what was done twice: one interval, and the one begun

@@ -34,7 +34,7 @@ def test_a_bad_network_ends_with_the_weights_of_a_good_day(
         objects = stack.enter_context(hosts.reachable(network, urlsplit(s3.endpoint).port or 0))
         cluster = stack.enter_context(hosts.cluster_of(network, tmp_path))
         env = s3.environment | {"AWS_ENDPOINT_URL": f"http://{objects}"}
-        job = Job(cluster, tmp_path, env, s3.uri, f"tracking.uri=http://{tracking}", "compute.hang_timeout_s=20")
+        job = Job(cluster, tmp_path, env, s3.uri, f"tracking.uri=http://{tracking}", "compute.hang_timeout_s=60")
         job.next_checkpoint()
         again = job.restarted("2 processes from step")
         network.cut.add(2)
