@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Workers start twice as fast with compiled modules, so never let the environment forbid writing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint unit masked integration bench lock check-lock clean
+.PHONY: help setup demo test lint unit masked integration system bench lock check-lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ lint: setup ## ruff and mypy
 
 unit: setup ## unit and parity tests
 	@echo "Unit and parity tests ..."
-	@$(BIN)/pytest -q -n auto -m 'not integration' tests
+	@$(BIN)/pytest -q -n auto -m 'not integration and not system' tests
 
 masked: setup ## tests of the networks once more, as on a processor without AVX-512
 	@echo "Tests of the networks with the processor's features masked ..."
@@ -47,6 +47,10 @@ masked: setup ## tests of the networks once more, as on a processor without AVX-
 integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
 	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
+
+system: setup ## one training through a bad day, the loss of the cluster, a bad network (20 minutes)
+	@echo "System tests: each ends in the weights of a run that was left alone ..."
+	@$(BIN)/pytest -q -m system tests/system
 
 bench: setup ## speed and memory as ratios, both sides measured in one run (see tests/bench/README.md)
 	@missed=0; for part in networks training data_pairs data_memory data_sharding data_planning; do \

@@ -433,3 +433,86 @@ def _delete(keys: Iterable[tuple[str, str]], attempts: int) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+SHORT_REQUEST_S = 20
+"""What a call of those below takes at most: two tries, each with 3 s to connect and 5 s to be answered, and a wait."""
+
+
+def read_tagged(uri: str) -> tuple[bytes, str] | None:
+    """A small object's bytes and ETag, or None where there is none; within SHORT_REQUEST_S."""
+    bucket, key = split_s3(uri)
+    try:
+        answer = _short_client(bucket).get_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if is_missing(error):
+            return None
+        raise
+    return answer["Body"].read(), answer["ETag"]
+
+
+def replace(uri: str, data: bytes, tag: str) -> str | None:
+    """Put in the place of the object with an ETag; the new one's ETag, None where another is there, or none.
+
+    Where the server does not compare ETags, what is there is read before, and whoever writes in between is overwritten.
+    Takes SHORT_REQUEST_S at most, or twice that.
+    """
+    bucket, key = split_s3(uri)
+    put = functools.partial(_short_client(bucket).put_object, Bucket=bucket, Key=key, Body=data)
+    if not _compares_tags(bucket, key, os.getpid(), tuple(environment().items())):
+        found = read_tagged(uri)
+        return put()["ETag"] if found is not None and found[1] == tag else None
+    try:
+        return put(IfMatch=tag)["ETag"]
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+            raise
+    found = read_tagged(uri)
+    return found[1] if found is not None and found[0] == data else None  # the answer to the first try was lost
+
+
+def delete_tagged(uri: str, tag: str) -> None:
+    """Delete the object with an ETag; nothing happens where another is there, or none."""
+    bucket, key = split_s3(uri)
+    delete = functools.partial(_short_client(bucket).delete_object, Bucket=bucket, Key=key)
+    try:
+        if _compares_tags(bucket, key, os.getpid(), tuple(environment().items())):
+            delete(IfMatch=tag)
+        elif (found := read_tagged(uri)) is not None and found[1] == tag:
+            delete()
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+            raise
+
+
+@functools.lru_cache(maxsize=16)
+def _compares_tags(bucket: str, key: str, pid: int, environment: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the server takes a put for the right ETag, and no other; some ignore the header, some take none."""
+    probe = f"{key}.probe-{uuid.uuid4().hex}"
+    client = _short_client(bucket)
+    put = functools.partial(client.put_object, Bucket=bucket, Key=probe)
+    try:
+        put(IfMatch=put(Body=b"1")["ETag"], Body=b"2")
+        put(IfMatch=f'"{"0" * 32}"', Body=b"3")
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+            raise
+        return client.get_object(Bucket=bucket, Key=probe)["Body"].read() == b"2"
+    finally:
+        client.delete_object(Bucket=bucket, Key=probe)
+    return False
+
+
+def _short_client(bucket: str) -> "S3Client":
+    return _made_short(_is_listed(bucket, REQUESTER_PAYS), os.getpid(), tuple(environment().items()))
+
+
+@functools.lru_cache(maxsize=4)
+def _made_short(requester_pays: bool, pid: int, environment: tuple[tuple[str, str], ...]) -> "S3Client":
+    """As `_client`, with connections of its own: no transfer holds them up."""
+    retries: Any = {"mode": "standard", "total_max_attempts": 2}
+    config = Config(retries=retries, connect_timeout=3, read_timeout=5)
+    made = boto3.session.Session(botocore_session=botocore.session.Session()).client("s3", config=config)
+    if requester_pays:
+        made.meta.events.register("provide-client-params.s3", _pay)
+    return made

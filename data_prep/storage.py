@@ -42,6 +42,7 @@ __all__ = [
     "check_writable",
     "delete",
     "delete_tree",
+    "delete_version",
     "download",
     "exists",
     "file_info",
@@ -59,6 +60,8 @@ __all__ = [
     "put_if_absent",
     "read_bytes",
     "read_range",
+    "read_versioned",
+    "replace",
     "sha256_of",
     "sweep",
     "upload",
@@ -469,3 +472,66 @@ def _local_file(root: str, path: str, note: Note) -> FileInfo | None:
         note(path, "neither a file nor a folder")
         return None
     return FileInfo(path, place, status.st_size, str(status.st_mtime_ns))
+
+
+def read_versioned(uri: str) -> tuple[bytes, str] | None:
+    """A small file and a version for `replace`, which changes with every write; None where there is no file.
+
+    In an object store this and the functions below take s3.SHORT_REQUEST_S at most, or twice that.
+    """
+    with _naming(uri):
+        if not is_local(uri):
+            return s3.read_tagged(uri)
+        try:
+            content = Path(normalise(uri)).read_bytes()
+        except FileNotFoundError:
+            return None
+        return content, hashlib.sha256(content).hexdigest()
+
+
+def replace(uri: str, data: bytes, version: str) -> str | None:
+    """Write the file if it has this version; the new one, None where it has another, or is gone.
+
+    Of several callers with one version one succeeds, where the storage can do it: an object store by ETags, a disk by
+    `flock` of the folder. `data` must never have been written there before.
+    """
+    with _naming(uri):
+        if not is_local(uri):
+            return s3.replace(uri, data, version)
+        with _alone_in(Path(normalise(uri)).parent):
+            found = read_versioned(uri)
+            if found is None or found[1] != version:
+                return None
+            write_bytes(uri, data)
+            return hashlib.sha256(data).hexdigest()
+
+
+def delete_version(uri: str, version: str) -> None:
+    """Delete the file if it has this version; nothing happens where it has another, or is gone."""
+    with _naming(uri):
+        if not is_local(uri):
+            s3.delete_tagged(uri, version)
+            return
+        with _alone_in(Path(normalise(uri)).parent):
+            found = read_versioned(uri)
+            if found is not None and found[1] == version:
+                delete(uri)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other process is in such a block for the folder; not where the file system has no locks, or after 2 s."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder_fd = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, folder_fd)  # ends the lock as well
+            deadline = time.monotonic() + 2
+            while True:
+                try:
+                    fcntl.flock(folder_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:  # for long only by a process that was stopped
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.01)
+        yield

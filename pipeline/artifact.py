@@ -1,7 +1,9 @@
 """Artifacts: what a stage leaves in the storage, published by a marker that is written last.
 
 `{storage}/{stage}/{fingerprint[:16]}/artifact.json` is that marker. The fingerprint covers the stage's config and
-the content digests of its inputs, so changed inputs or config lead to a new place, and unchanged ones to the old.
+the content digests of its inputs, so changed inputs or config lead to a new place, and unchanged ones to the old. Files
+lie in a folder of whoever held the stage's lock, and the marker replaces none that it has not seen: who lost the lock
+without knowing publishes nothing and alters no file of who took it over.
 """
 
 import datetime
@@ -20,6 +22,7 @@ from data_prep import storage
 from pipeline.config import Settings, digest_of
 
 MARKER = "artifact.json"
+_FILES = "files-"
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data_prep", "model", "pipeline")
 
@@ -37,6 +40,7 @@ class Artifact(Settings):
     stage: str
     uri: str
     fingerprint: str = Field(description="sha256 over stage, config and the inputs' digests")
+    folder: str = Field("", description="where the files lie below uri; empty: in it")
     digest: str = Field(description="sha256 over the content alone: what later stages depend on")
     inputs: dict[str, str] = Field(default_factory=dict, description="input stage -> its digest")
     config: dict[str, Any] = Field(default_factory=dict)
@@ -49,7 +53,7 @@ class Artifact(Settings):
         """The URI of one of its files."""
         if name not in self.files:
             raise KeyError(f"artifact {self.uri} has no file {name!r}, it has {sorted(self.files)}")
-        return storage.join(self.uri, name)
+        return storage.join(self.uri, self.folder, name) if self.folder else storage.join(self.uri, name)
 
 
 def place(storage_uri: str, stage: str, fingerprint: str) -> str:
@@ -87,19 +91,27 @@ def publish(
     info: dict[str, Any] | None = None,
     digest: str | None = None,
     before_marker: Callable[[Artifact], None] = lambda made: None,
+    token: str = "",
+    check: Callable[[], object] = lambda: None,
 ) -> Artifact:
     """Upload a stage's files, then its marker. `digest` defaults to the sha256 over the files' hashes.
 
     before_marker: what else must be done before the stage counts as done; called when the files are there.
+    token: names the folder of the files, which nobody else writes to; empty: they lie beside the marker.
+    check: raises where this run has lost the stage's lock.
     """
     uri = place(storage_uri, stage, fingerprint)
+    marker, folder = storage.join(uri, MARKER), f"{_FILES}{token}" if token else ""
+    check()
+    seen = storage.read_versioned(marker)
     files: dict[str, FileEntry] = {}
     for name, path in sorted((local_files or {}).items()):
-        storage.upload(path, storage.join(uri, name))
+        storage.upload(path, storage.join(uri, folder, name) if folder else storage.join(uri, name))
         files[name] = FileEntry(sha256=storage.sha256_of(str(path)), size_bytes=path.stat().st_size)
     artifact = Artifact(
         stage=stage,
         uri=uri,
+        folder=folder,
         fingerprint=fingerprint,
         digest=digest or digest_of({name: entry.sha256 for name, entry in files.items()}),
         inputs=inputs,
@@ -110,8 +122,21 @@ def publish(
         code=code_versions(),
     )
     before_marker(artifact)
-    storage.write_bytes(storage.join(uri, MARKER), artifact.model_dump_json(indent=1).encode())
+    check()
+    content = artifact.model_dump_json(indent=1).encode()
+    if not (storage.replace(marker, content, seen[1]) if seen else storage.put_if_absent(marker, content)):
+        raise ValueError(f"{uri} was published by another run meanwhile: call again, which takes that result")
+    if folder:
+        _sweep(uri, folder)
     return artifact
+
+
+def _sweep(uri: str, folder: str) -> None:
+    """Delete the files of runs that did not come to publish them."""
+    tops = {file.path.partition("/")[0] for file in storage.iter_files(uri)}
+    for left in tops - {folder}:
+        if left.startswith(_FILES):
+            storage.delete_tree(storage.join(uri, left))
 
 
 def fetch(artifact: Artifact, name: str, folder: Path) -> Path:

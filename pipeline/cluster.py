@@ -15,6 +15,7 @@ from data_prep import s3
 from data_prep.private_folder import folder_for_sockets
 from model import limits
 from pipeline import ray_address, signals
+from pipeline.artifact import PACKAGES, ROOT
 from pipeline.config import ComputeConfig
 from pipeline.lasting import IN_RAY_JOB
 
@@ -52,9 +53,7 @@ def connected(compute: ComputeConfig, address: str | None, debug: bool) -> Itera
     }
     if address and address != "local":
         ray_address.check_cluster(address, origin)
-        options |= {"address": address}
-        if variables := _view_of_s3():
-            options |= {"runtime_env": {"env_vars": variables}}
+        options |= {"address": address, "runtime_env": {"env_vars": _view_of_s3(), **_project()}}
     else:
         ray_address.check_mode()
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a cluster of this process alone, on loopback
@@ -96,6 +95,16 @@ def _view_of_s3() -> dict[str, str]:
     except (BotoCoreError, ValueError):
         return {}  # said where S3 is used, if it is
     return {name: value for name, value in found.items() if name not in given}
+
+
+def _project() -> dict[str, Any]:
+    """This project's packages, for nodes that need not have it; nothing in a job, whose folder Ray has given them.
+
+    Not `working_dir`: that would move the processes to another folder, and upload whatever lies in this one.
+    """
+    if IN_RAY_JOB in os.environ:
+        return {}
+    return {"py_modules": [str(ROOT / name) for name in PACKAGES], "excludes": ["__pycache__"]}
 
 
 def has_gpus(compute: ComputeConfig) -> bool:

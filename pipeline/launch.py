@@ -56,6 +56,7 @@ class TrainJob(Settings):
     checkpoints_uri: str
     patience_s: float = Field(21_600, description="how long the storage is waited for, s")
     resume_from: str | None = Field(None, description="URI of a checkpoint to start from where Ray Train knows none")
+    attempt: str = Field("", description="folder of this attempt's checkpoints below checkpoints_uri")
     data_offset: int = Field(0, description="steps of data passed over because they led to non-finite losses")
 
     @property
@@ -70,6 +71,7 @@ class TrainJob(Settings):
             "data_offset",
             "resume_from",
             "patience_s",
+            "attempt",
         }
         places |= {"validation", "gate_metric"}
         values = self.model_dump(mode="json", exclude=places) | {"phase": self.phase.what()}
@@ -77,39 +79,48 @@ class TrainJob(Settings):
 
 
 def run_training(
-    job: TrainJob, handle: Callable[[Record], None], images: list[ImagePair] | None = None
+    job: TrainJob,
+    handle: Callable[[Record], None],
+    images: list[ImagePair] | None = None,
+    check: Callable[[], object] = lambda: None,
 ) -> ray.train.Checkpoint:
     """Train to the end (from the last checkpoint at job.checkpoints_uri, if any) and give the last checkpoint.
 
-    handle: called in a thread with every record. images: to validate on. Raises ValueError for what a worker raised
-    as such, Stopped when the process was asked to end (SIGTERM, Ctrl-C) and a checkpoint was made, in the last step as
-    well, else Ray Train's TrainingFailedError.
+    handle: called in a thread with every record. images: to validate on. check: raises where this run has lost its
+    lock. Raises ValueError for what a worker raised as such, Stopped when the process was asked to end (SIGTERM,
+    Ctrl-C) and a checkpoint was made, in the last step as well, else Ray Train's TrainingFailedError.
     """
     references = {"images": ray.put(images) if images else None}
     # decided once: a node that is lost for an hour must not turn a training on GPUs into one on CPUs
     compute = job.compute.model_copy(update={"use_gpu": cluster.has_gpus(job.compute)})
     job = job.model_copy(update={"compute": compute})
     with Monitor(handle) as monitor, signals.asking(monitor.request_stop) as asked:
-        last = _fit_and_go_back(job, monitor, references, asked)
+        last = _fit_and_go_back(job, monitor, references, asked, check)
     if asked.signal is not None:  # after the training could heed it: the run is to end all the same
         raise Stopped(f"{job.name} was asked to stop when it was trained, and its checkpoint saved", asked.exit_code)
     return last
 
 
 def _fit_and_go_back(
-    job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: signals.Asked
+    job: TrainJob,
+    monitor: Monitor,
+    references: dict[str, Any],
+    asked: signals.Asked,
+    check: Callable[[], object],
 ) -> ray.train.Checkpoint:
     """The last checkpoint of a training that goes back, with fresh data, where its steps are not finite."""
     failed = None
     for _ in range(job.compute.max_rollbacks + 1):
-        result = _fit(job, monitor, references, asked)
+        result = _fit(job, monitor, references, asked, check)
         outcome = result.return_value or {}
         if outcome.get("kind") == "stopped":
             note = f"{job.name} was asked to stop at step {outcome['step']} and saved a checkpoint"
             raise Stopped(note, asked.exit_code)
         if outcome.get("kind") != "roll_back":
-            assert result.checkpoint is not None, "a finished training reports a checkpoint"
-            return result.checkpoint
+            # none where the last attempt had come to the end, and only what follows it was missing
+            made = result.checkpoint or checkpoint.recover(job.checkpoints_uri)
+            assert made is not None, "a finished training has a checkpoint"
+            return checkpoint.open_at(made) if isinstance(made, str) else made
         job = job.model_copy(update={"data_offset": outcome["data_offset"]})
         target = _way_back(job.checkpoints_uri, outcome["checkpoint"], failed)
         failed = outcome["checkpoint"]
@@ -127,18 +138,24 @@ def _way_back(place: str, last: str | None, failed: str | None) -> str:
     return "the last checkpoint"
 
 
-def _fit(job: TrainJob, monitor: Monitor, references: dict[str, Any], asked: signals.Asked) -> Any:
+def _fit(
+    job: TrainJob,
+    monitor: Monitor,
+    references: dict[str, Any],
+    asked: signals.Asked,
+    check: Callable[[], object] = lambda: None,
+) -> Any:
     """The Ray Train run, begun again while checkpoints are committed between failures, or the storage was away."""
     known: set[str] | None = None
     stuck = 0
     while True:
         try:
-            recovered = checkpoint.recover(job.checkpoints_uri)
-            if recovered:
-                _warn(monitor, f"Ray Train's list of checkpoints was lost or is unusable: going on from {recovered}")
+            kept = job.compute.checkpoints_kept
+            attempt, newest = checkpoint.begin_attempt(job.checkpoints_uri, kept, check)
             if known is None:
                 known = checkpoint.committed(job.checkpoints_uri)
-            return _trainer(job.model_copy(update={"resume_from": recovered}), monitor, references).fit()
+            begun = job.model_copy(update={"attempt": attempt, "resume_from": newest})
+            return _trainer(begun, monitor, references).fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError, storage.StorageError) as failure:
             errors = [failure, *getattr(failure, "worker_failures", {}).values()]
             for error in errors:
@@ -193,8 +210,7 @@ class _Trainer(ray.train.torch.TorchTrainer):
 
 
 def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any:
-    filesystem, path = storage.filesystem(job.checkpoints_uri)
-    folder, name = path.rsplit("/", 1)
+    filesystem, folder = storage.filesystem(job.checkpoints_uri)
     compute = job.compute
     use_gpu = cluster.has_gpus(compute)  # settled by run_training
     # Ray's own check of workers that do not answer; it passes the variable on to the processes that read it
@@ -218,7 +234,7 @@ def _trainer(job: TrainJob, monitor: Monitor, references: dict[str, Any]) -> Any
             resources_per_worker={"CPU": compute.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=name,
+            name=job.attempt,
             storage_path=folder,
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),

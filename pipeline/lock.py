@@ -1,7 +1,10 @@
 """A lock in the storage: two runs that would write the same place refuse or await each other, on whatever machines.
 
 The lock is a small file that its owner rewrites every few seconds. Whether an owner is alive is judged by watching
-that file change, never by comparing clocks of two machines; one that died on this machine is known at once.
+that file change, never by comparing clocks of two machines; one that died on this machine is known at once. It is
+rewritten and taken over by whoever has seen what it holds, and by nobody else where the storage compares ETags: a
+request that hung and arrives late does nothing. Elsewhere two may own it for a while. Then what they write is apart
+(`pipeline.checkpoint`, `pipeline.artifact`), and the one that lost the lock ends.
 """
 
 import json
@@ -11,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +24,10 @@ from data_prep import storage
 from pipeline import signals
 
 HEARTBEAT_S = 5.0
-STALE_AFTER_S = 30.0
+STALE_AFTER_S = 60.0  # longer than a sign of life that fails and the one after it: each is a heartbeat and a request
+CHECK_PATIENCE_S = 600.0
+END_WITHIN_S = 900.0
+_RELEASE_ATTEMPTS = 5
 _BEING_WRITTEN_S = 2.0  # how long an empty file may still be a lock that is being written
 
 
@@ -35,7 +42,8 @@ class StorageLock:
     heartbeat_s: time between two signs of life; stale_after_s: silence after which an owner counts as dead.
     patience_s: how long a living owner is waited for before it is LockedError; 0: not at all.
     If the lock is lost all the same (this process slept longer than stale_after_s and another run took it over, or
-    something else was written to `uri`), the main thread is interrupted and the block ends with LockedError.
+    something else was written to `uri`), the main thread is asked to end as by Ctrl-C (a training saves a checkpoint
+    first), after END_WITHIN_S it is interrupted, and the block ends with LockedError.
     """
 
     def __init__(
@@ -60,14 +68,18 @@ class StorageLock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "beat": 0,
         }
+        self.version = ""
+        self.seen_at = time.monotonic()  # when the storage last said that the lock is ours
+        self.renewing = threading.Lock()
         self.lost: LockedError | None = None
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="hatchery-lock", daemon=True)
 
     def __enter__(self) -> "StorageLock":
         until = time.monotonic() + self.patience_s
-        while not storage.put_if_absent(self.uri, self._content()):
-            self._take_over_or_refuse(until)
+        while not self.version:
+            self.version = (self._create() or self._take_over_or_refuse(until)) or ""
+        self.seen_at = time.monotonic()
         self.thread.start()
         return self
 
@@ -78,18 +90,53 @@ class StorageLock:
         self.thread.join()
         if self.lost is not None:
             raise self.lost
-        held = self._read()
-        if held is not None and held["token"] == self.record["token"]:
-            storage.delete(self.uri)
+        self._release()
+
+    def _release(self) -> None:
+        """Delete the file; where it cannot be, it is a dead owner's lock when this process has ended."""
+        for _ in range(_RELEASE_ATTEMPTS):
+            with suppress(storage.StorageError):
+                return storage.delete_version(self.uri, self.version)
+            time.sleep(self.heartbeat_s)
+        return self.say(f"{self.uri} stays behind: the storage is out of reach")
+
+    @property
+    def token(self) -> str:
+        """A word of this holding of the lock alone, for names of what its owner writes."""
+        return str(self.record["token"])[:8]
+
+    def check(self) -> None:
+        """LockedError unless the lock is this run's at this moment; StorageError where that cannot be known."""
+        deadline = time.monotonic() + CHECK_PATIENCE_S
+        while True:
+            if self.lost is not None:
+                raise self.lost
+            try:
+                return self._renew()
+            except LockedError as error:
+                self.lost = error
+                raise
+            except storage.StorageError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(self.heartbeat_s)
 
     def _content(self) -> bytes:
         return json.dumps(self.record, indent=1).encode()
 
+    def _create(self) -> str | None:
+        """The lock's version where there was no file, else None."""
+        if not storage.put_if_absent(self.uri, self._content()):
+            return None
+        found = self._read_file()
+        return found[1] if found is not None and found[0] == self._content() else None
+
     def _read(self) -> dict[str, Any] | None:
         """What the lock file says; None where there is none."""
-        content = self._read_bytes()
-        if content is None:
-            return None
+        found = self._read_file()
+        return None if found is None else self._parsed(found[0])
+
+    def _parsed(self, content: bytes) -> dict[str, Any]:
         try:
             record = json.loads(content)
         except ValueError:
@@ -98,25 +145,23 @@ class StorageLock:
             raise LockedError(f"{self.uri} is not a lock file: delete it if no run uses this storage")
         return record
 
-    def _read_bytes(self) -> bytes | None:
-        """The lock file; where there are no hard links, it is empty for a moment before its owner has written it."""
+    def _read_file(self) -> tuple[bytes, str] | None:
+        """Content and version; where there are no hard links, it is empty for a moment before its owner has written."""
         until = time.monotonic() + _BEING_WRITTEN_S
         while True:
-            try:
-                content = storage.read_bytes(self.uri)
-            except storage.StorageError:
-                if storage.exists(self.uri):
-                    raise
-                return None
-            if content or time.monotonic() > until:
-                return content
+            found = storage.read_versioned(self.uri)
+            if found is None or found[0] or time.monotonic() > until:
+                return found
             time.sleep(0.05)
 
-    def _take_over_or_refuse(self, until: float) -> None:
-        """Return where the lock is free to be tried again; LockedError where its owner lives beyond `until`."""
+    def _take_over_or_refuse(self, until: float) -> str | None:
+        """The lock's version where it was a dead one's and is ours, None where it is free to be tried again.
+
+        LockedError where its owner lives beyond `until`.
+        """
         seen = self._read()
         if seen is None:
-            return
+            return None
         if self.patience_s and not died_here(seen):
             hours = f"{self.patience_s / 3600:.2g} h"
             self.say(f"waiting for {seen['owner']} to end {seen['purpose']}, for {hours} at most")
@@ -130,10 +175,13 @@ class StorageLock:
                     f"wait until it ends, or give this run another storage.uri"
                 )
             seen = heard
-        found = self._read()
-        if seen is not None and found is not None and _life(found) == _life(seen):
+        found = self._read_file()
+        if seen is None or found is None or _life(self._parsed(found[0])) != _life(seen):
+            return None
+        version = storage.replace(self.uri, self._content(), found[1])
+        if version is not None:
             self.say(f"taking over the lock of {seen['owner']} ({seen['purpose']}, since {seen['since']}): it is dead")
-            storage.delete(self.uri)
+        return version
 
     def _watch(self, seen: dict[str, Any]) -> dict[str, Any] | None:
         """The lock's record as soon as it changes, None where it is gone; the same one where its owner is dead."""
@@ -153,19 +201,44 @@ class StorageLock:
     def _beat(self) -> None:
         while not self.done.wait(self.heartbeat_s):
             try:
-                found = self._read()
-                if found is not None and found["token"] != self.record["token"]:
-                    raise LockedError(
-                        f"{self.uri} was taken over by {found['owner']} while this run was silent: stop one of both"
-                    )
-                self.record["beat"] += 1
-                storage.write_bytes(self.uri, self._content())
+                self._renew()
             except storage.StorageError:
                 continue  # the storage is away for now; what writes results says so if it stays away
             except LockedError as error:
-                self.lost = error
-                signals.interrupt()
+                self._lose(error)
                 return
+
+    def _renew(self) -> None:
+        """A sign of life. LockedError where the lock is another's."""
+        with self.renewing:
+            self.record["beat"] += 1
+            begin = time.monotonic()
+            version = storage.replace(self.uri, self._content(), self.version)
+            self.version = version or self._found_again()
+            self.seen_at = begin
+
+    def _found_again(self) -> str:
+        """The version of the file where it is ours all the same; LockedError where it is not."""
+        found = self._read_file()
+        if found is None and time.monotonic() - self.seen_at < self.stale_after_s:  # nobody can have had it since
+            return self._create() or self._found_again()
+        if found is None:
+            raise LockedError(f"{self.uri} was deleted while this run was silent: another may have had it")
+        record = self._parsed(found[0])
+        if record["token"] != self.record["token"]:
+            raise LockedError(
+                f"{self.uri} was taken over by {record['owner']} while this run was silent: stop one of both"
+            )
+        return found[1]  # by a request whose answer was lost
+
+    def _lose(self, error: LockedError) -> None:
+        self.lost = error
+        if self.done.is_set():
+            return
+        self.say(str(error))
+        signals.ask()
+        if not self.done.wait(END_WITHIN_S):
+            signals.interrupt()
 
 
 def _life(record: dict[str, Any]) -> tuple[str, int]:

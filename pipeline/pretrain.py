@@ -126,7 +126,7 @@ def _alone(
     digests: dict[str, str],
     display: Display,
     look_up: Callable[[], Artifact | None],
-    run_stage: Callable[[], Artifact],
+    run_stage: Callable[[StorageLock], Artifact],
 ) -> Artifact:
     """The stage's artifact, made while no other run works at the stage, unless one has made it meanwhile.
 
@@ -134,8 +134,9 @@ def _alone(
     """
     lock = storage.join(recipe.storage.uri, "locks", f"{stage.name}-{stage.fingerprint(digests)[:16]}.json")
     patience_s = SHARD_PATIENCE_S if stage.kind == "shard" else 0
-    with StorageLock(lock, f"stage {stage.name} of recipe {recipe.name}", display.say, patience_s=patience_s):
-        return look_up() or run_stage()
+    purpose = f"stage {stage.name} of recipe {recipe.name}"
+    with StorageLock(lock, purpose, display.say, patience_s=patience_s) as held:
+        return look_up() or run_stage(held)
 
 
 def _patiently(recipe: Recipe, display: Display, work: Callable[[], T]) -> T:
@@ -166,13 +167,16 @@ def _run_stage(
     digests: dict[str, str],
     tracker: Tracker,
     display: Display,
+    lock: StorageLock,
 ) -> Artifact:
     fingerprint = stage.fingerprint(digests)
     run_id = tracker.stage_run(stage.name, fingerprint, stage.config)
     inputs = {name: finished[name] for name in stage.inputs}
     try:
         with tempfile.TemporaryDirectory(prefix="hatchery-") as folder:
-            work = stages.Work(recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder))
+            work = stages.Work(
+                recipe, stage, inputs, finished, fingerprint, run_id, tracker, display, Path(folder), lock
+            )
             return stages.RUN[stage.kind](work)
     except BaseException as error:
         tracker.abandon(run_id, error)

@@ -1,6 +1,6 @@
-"""How a run is asked to end: SIGTERM and the first Ctrl-C end it cleanly, in a training by a checkpoint first.
+"""How a run is asked to end: SIGTERM, the first Ctrl-C and a lost lock end it cleanly, in a training by a checkpoint.
 
-A second Ctrl-C and a lost lock do not wait for one.
+A second Ctrl-C does not wait for one.
 """
 
 import os
@@ -25,6 +25,11 @@ class Asked:
     def exit_code(self) -> int:
         """The shell's code for a process that this signal ended: 143 or 130."""
         return 128 + (self.signal or signal.SIGTERM)
+
+
+def ask() -> None:
+    """Ask the main thread to end as a first Ctrl-C does: a training saves a checkpoint, all else is interrupted."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def interrupt() -> None:

@@ -26,6 +26,7 @@ from pipeline.config import DataConfig, Recipe, digest_of
 from pipeline.evaluate import SetResult, Weights, evaluate, judges
 from pipeline.gate import Verdict
 from pipeline.launch import TrainJob, run_training
+from pipeline.lock import StorageLock
 from pipeline.monitor import Record
 from pipeline.plan import VERSIONS, Stage
 from pipeline.progress import Display
@@ -53,6 +54,7 @@ class Work:
     tracker: Tracker
     display: Display
     folder: Path
+    lock: StorageLock
 
     @property
     def place(self) -> str:
@@ -77,6 +79,9 @@ class Work:
             info=info,
             digest=digest,
             before_marker=tell,
+            # a mix is looked for by its name, and is the same whoever writes it
+            token="" if self.stage.kind == "mix" else self.lock.token,
+            check=self.lock.check,
         )
 
 
@@ -155,7 +160,8 @@ def run_train(work: Work) -> Artifact:
         patience_s=work.recipe.storage.patience_s,
     )
     last: dict[str, float] = {}
-    saved = run_training(job, _training_records(work, last), _validation_images(work, training.scale))
+    images = _validation_images(work, training.scale)
+    saved = run_training(job, _training_records(work, last), images, work.lock.check)
     lineage = {"trained_on": shards.digest, "started_from": starts[0].digest if starts else training.start}
     info: dict[str, Any] = {"scale": training.scale, "steps": checkpoint.steps_of(saved), **last}
     best = read_best(storage.join(job.checkpoints_uri, "best"), work.folder) if job.validation.every else None

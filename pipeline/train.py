@@ -278,6 +278,8 @@ def save(run: Run, metrics: dict[str, float]) -> threading.Event:
         "optimizer_steps": zero.optimizer_step(run.engine),
         "job": run.job.model_dump(mode="json"),
         "job_digest": run.job.digest,
+        "attempt": run.job.attempt,
+        "mark": run.mark,
         "zero_stage": stage,
         "world_size": run.world_size,
         "layout": zero.layout(run.engine, stage),

@@ -1,5 +1,6 @@
 """The live objects of one training process, and how they are set up: fresh, from weights, or from a checkpoint."""
 
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ from pipeline.validate import Validator, published_best
 class Run:
     """One training process.
 
-    `step` counts global batches; the data position runs `data_offset` ahead. `saved` names the last checkpoint.
+    `step` counts global batches; the data position runs `data_offset` ahead. `saved` names the last checkpoint, `mark`
+    (the same on all ranks) is in the names of those that this group of processes makes.
     """
 
     job: TrainJob
@@ -57,6 +59,7 @@ class Run:
     step: int
     data_offset: int
     saved: str | None
+    mark: str
     mailbox: Any
     validator: Validator | None
     system: SystemWatch | None
@@ -84,7 +87,7 @@ def set_up(job: TrainJob, mailbox: Any, images: Any, alive: Callable[[], object]
     if not bf16:
         keep_fp32_exact()
     alive()
-    network, state, meta = _start(job)
+    network, state, meta, saved = _start(job)
     alive()
     network.to(device)
     macs = macs_per_sample(network, job.phase.patch_px)
@@ -124,7 +127,8 @@ def set_up(job: TrainJob, mailbox: Any, images: Any, alive: Callable[[], object]
         budget=Budget(job.phase, meta),
         step=step,
         data_offset=data_offset,
-        saved=checkpoint.name_of(meta) if state is not None else None,
+        saved=saved,
+        mark=_mark(device),
         mailbox=mailbox,
         validator=_validator(job, images),
         system=SystemWatch(context.get_node_rank()) if context.get_local_rank() == 0 else None,
@@ -172,8 +176,9 @@ def _validator(job: TrainJob, images: Any) -> Validator | None:
     return Validator(ray.get(images), job.gate_metric, place, published_best(place, job.gate_metric), job.patience_s)
 
 
-def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, dict[str, Any]]:
-    """The network with the weights to start from; if it was trained before, the optimizer's state and the position.
+def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, dict[str, Any], str | None]:
+    """The network with the weights to start from; if it was trained before, the optimizer's state, the position, and
+    the name of the checkpoint.
 
     1. this training's own last checkpoint, 2. the weights of an earlier stage, 3. a fresh start.
     """
@@ -183,15 +188,16 @@ def _start(job: TrainJob) -> tuple[UpscalingNetwork, checkpoint.State | None, di
     if saved is None and job.resume_from is not None:
         saved = checkpoint.open_at(job.resume_from)
     if saved is not None:
-        state, meta = checkpoint.load(saved, job.digest)
+        with checkpoint.on_this_node(saved) as folder:
+            state, meta = checkpoint.load(folder, job.digest)
         load_parameters(network, state["params"])
-        return network, state, meta
+        return network, state, meta, checkpoint.name_at(saved)
     if job.init is not None:
         weights = artifact.fetch(job.init, "weights.safetensors", Path(job.compute.cache_dir or default_cache()))
         network.load_state_dict(read_weights(weights))
     elif job.training.start == "bicubic":
         bicubic_start(network)
-    return network, None, {"step": 0, "data_step": 0}
+    return network, None, {"step": 0, "data_step": 0}, None
 
 
 def fresh_network(job: TrainJob) -> UpscalingNetwork:
@@ -215,6 +221,13 @@ def pair_settings(job: TrainJob) -> PairSettings:
         cache_dir=job.compute.cache_dir,
         cache_bytes=job.compute.cache_bytes,
     )
+
+
+def _mark(device: torch.device) -> str:
+    """A random word of 8 letters, the same on every rank."""
+    drawn = torch.tensor(secrets.randbits(32), device=device)
+    dist.broadcast(drawn, 0)
+    return f"{int(drawn):08x}"
 
 
 def _agree(mine: bool, device: torch.device) -> bool:

@@ -38,6 +38,7 @@ from tests.integration.servers import ray_cluster, submission, submit
 from tests.s3_server import s3_server
 
 ROUNDS, BATCH, PATCH, SCALE = 40, 8, 32, 2
+ATTEMPT = "attempt-000001"  # as `pipeline.launch` has it: Ray wants checkpoints in its experiment's folder
 MODEL = {"embed_dim": 60, "depths": [4], "num_heads": [6], "window_size": 16, "compress_ratio": 4, "squeeze_factor": 10}
 LIMITS = {"overhead": 1.03, "stall": 2.0, "stall_s3": 2.0, "scaling": 1.85, "start_s": 30.0}
 
@@ -61,6 +62,7 @@ def job(folder: str, shards: str, workers: int, checkpoints: str) -> TrainJob:
         shards_uri=shards,
         init=None,
         checkpoints_uri=checkpoints,
+        attempt=ATTEMPT,
     )
 
 
@@ -195,7 +197,6 @@ def fit(function: Any, folder: str, shards: str, workers: int, checkpoints: str 
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     checkpoints = checkpoints or f"{folder}/{function.__name__}-{workers}"
     filesystem, path = storage.filesystem(checkpoints)
-    parent, name = path.rsplit("/", 1)  # as `pipeline.launch` has it: Ray wants checkpoints in its experiment's folder
     trainer = ray.train.torch.TorchTrainer(
         function,
         train_loop_config={
@@ -203,7 +204,7 @@ def fit(function: Any, folder: str, shards: str, workers: int, checkpoints: str 
             "mailbox": mailbox,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=workers),
-        run_config=ray.train.RunConfig(name=name, storage_path=parent, storage_filesystem=filesystem),
+        run_config=ray.train.RunConfig(name=ATTEMPT, storage_path=path, storage_filesystem=filesystem),
     )
     return trainer.fit().return_value
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import storage
+from pipeline.artifact import Artifact
 from tests.golden_crops import SET5
 from tests.integration.servers import RayCluster, mlflow_server, ray_cluster, submit
 from tests.photographs import write_photographs
@@ -69,6 +70,12 @@ def artifact_of(cloud: Cloud, stage: str) -> str:
     markers = [f.uri for f in storage.list_files(f"{cloud.base}/runs/{stage}") if f.uri.endswith("/artifact.json")]
     assert len(markers) == 1, f"{stage}: {markers}"
     return markers[0].removesuffix("/artifact.json")
+
+
+def file_of(cloud: Cloud, stage: str, name: str) -> str:
+    """The URI of a file that a stage has published."""
+    marker = storage.read_bytes(f"{artifact_of(cloud, stage)}/artifact.json")
+    return Artifact.model_validate_json(marker).file_uri(name)
 
 
 @contextmanager

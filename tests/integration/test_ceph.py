@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import storage
-from tests.integration.cloud import artifact_of, running_cloud
+from tests.integration.cloud import artifact_of, file_of, running_cloud
 
 pytestmark = [
     pytest.mark.integration,
@@ -24,7 +24,7 @@ def test_a_restoration_recipe_on_ceph(tmp_path: Path) -> None:
         assert "tiny-x1 version 1: champion" in done.stdout
         uri = artifact_of(cloud, "pretrain-x1")
         assert uri.startswith("s3://")
-        rows = json.loads(storage.read_bytes(f"{artifact_of(cloud, 'evaluate')}/results.json"))
+        rows = json.loads(storage.read_bytes(file_of(cloud, "evaluate", "results.json")))
         assert {row["set"] for row in rows} == {"Set5", "held-out"}
         for row in rows:
             assert row["scale"] == 1

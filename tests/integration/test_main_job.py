@@ -26,7 +26,7 @@ from pipeline.lock import StorageLock
 from pipeline.stages import PTH, RESULTS, SAFETENSORS
 from tests.domains import let_arrive
 from tests.golden_crops import kept_crop
-from tests.integration.cloud import SECRET, Cloud, artifact_of, running_cloud
+from tests.integration.cloud import SECRET, Cloud, artifact_of, file_of, running_cloud
 from tests.shared_data import ROOT
 from tests.unit.model.tiny import TINY
 
@@ -73,7 +73,7 @@ def test_the_whole_recipe_and_all_it_leaves(cloud: Cloud) -> None:
 
 
 def check_evaluation(cloud: Cloud) -> None:
-    results = json.loads(storage.read_bytes(f"{artifact_of(cloud, 'evaluate')}/{RESULTS}"))
+    results = json.loads(storage.read_bytes(file_of(cloud, "evaluate", RESULTS)))
     rows = {(row["set"], row["scale"]): row for row in results}
     assert set(rows) == {(name, scale) for name in ("Set5", "held-out") for scale in (2, 3, 4)}
     assert [f"{rows['Set5', scale]['bicubic_psnr_y']:.3f}" for scale in (2, 3, 4)] == ["34.066", "30.741", "28.828"]
@@ -134,9 +134,8 @@ def test_the_registered_models_super_resolve_images(cloud: Cloud) -> None:
 
 
 def test_exported_weights_are_in_the_published_layout(cloud: Cloud, tmp_path: Path) -> None:
-    uri = artifact_of(cloud, "finetune-x4")
-    storage.download(f"{uri}/{PTH}", tmp_path / PTH)
-    storage.download(f"{uri}/{SAFETENSORS}", tmp_path / SAFETENSORS)
+    for name in (PTH, SAFETENSORS):
+        storage.download(file_of(cloud, "finetune-x4", name), tmp_path / name)
     pth, tensors = read_weights(tmp_path / PTH), read_weights(tmp_path / SAFETENSORS)
     assert pth.keys() == tensors.keys()
     assert {

@@ -72,7 +72,7 @@ def signal_after_a_checkpoint(folder: Path, kind: signal.Signals) -> "subprocess
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = list((folder / "runs" / "pretrain-x2").glob("*/weights.pth"))
+    found = list((folder / "runs" / "pretrain-x2").rglob("weights.pth"))
     assert len(found) == 1
     return read_weights(found[0])
 
@@ -130,4 +130,4 @@ def test_a_diverging_run_names_its_samples_goes_back_and_stops(tmp_path: Path) -
     assert "after going back 1 times: lower the learning rate" in tried.stderr
     assert tried.stdout.count("going back to the last checkpoint") == 2
     assert re.search(r"step \d+ not applied: gradient norm nan; rank 0 had \w+", tried.stdout)
-    assert not list((tmp_path / "runs" / "pretrain-x2").glob("*/weights.pth"))
+    assert not list((tmp_path / "runs" / "pretrain-x2").rglob("weights.pth"))

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,32 @@ def test_a_training_that_goes_on_with_other_libraries_says_which():
         f"goes on with numpy {now['numpy']} instead of 1.0, libjpeg {now['libjpeg']} instead of 6b: pairs and steps "
         "may differ from those of before"
     )
+
+
+def test_a_late_owner_publishes_nothing_and_alters_nothing(tmp_path: Path) -> None:
+    """It lost the lock while it uploaded, or between its last look at the lock and the marker."""
+    uri, local = str(tmp_path / "store"), tmp_path / "a.bin"
+
+    def publish_as(token: str, check: Callable[[], object] = lambda: None) -> Artifact:
+        local.write_text(token)
+        return artifact.publish(
+            uri, "train", "f" * 64, inputs={}, config={}, local_files={"a.bin": local}, token=token, check=check
+        )
+
+    def lost() -> None:
+        raise ValueError("the lock was taken over")
+
+    with pytest.raises(ValueError, match="the lock was taken over"):
+        publish_as("late", lost)
+    assert artifact.find(uri, "train", "f" * 64) is None
+    answers = iter([lambda: None, lambda: publish_as("next")])
+    with pytest.raises(ValueError, match="was published by another run meanwhile: call again"):
+        publish_as("late", lambda: next(answers)())
+    found = artifact.find(uri, "train", "f" * 64)
+    assert found is not None
+    assert artifact.fetch(found, "a.bin", tmp_path).read_text() == "next"
+    publish_as("last")  # a stage that is done anew, as registration for another server
+    found = artifact.find(uri, "train", "f" * 64)
+    assert found is not None
+    assert found.file_uri("a.bin").endswith("/files-last/a.bin")
+    assert [path.name for path in Path(found.uri).iterdir() if path.is_dir()] == ["files-last"]

@@ -82,11 +82,12 @@ def test_a_read_that_fails_for_a_while_is_waited_for(tmp_path: Path, monkeypatch
 def test_the_drivers_own_reads_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [StorageError("s3://b: timed out"), StorageError("s3://b: timed out")]
 
-    def recover(place: str) -> None:
+    def begin_attempt(*told: object) -> tuple[str, None]:
         if failures:
             raise failures.pop()
+        return "attempt-000001", None
 
-    monkeypatch.setattr(launch.checkpoint, "recover", recover)
+    monkeypatch.setattr(launch.checkpoint, "begin_attempt", begin_attempt)
     assert fit(Script(), tmp_path, monkeypatch).return_value == {"kind": "done"}
 
 
@@ -120,11 +121,10 @@ class Committing(Script):
 
     def fit(self) -> Any:
         if self.failures:
-            names = [f"step-{self.failures[0][0]:08d}-00000000"]
-            (self.folder / names[0]).mkdir(parents=True)
-            (self.folder / names[0] / checkpoint.META).touch()
-            snapshot = {"checkpoint_results": [{"checkpoint_dir_name": name} for name in names]}
-            (self.folder / checkpoint.SNAPSHOT).write_text(json.dumps(snapshot))
+            attempt = max(self.folder.glob("attempt-*"))
+            made = attempt / f"step-{self.failures[0][0]:08d}-00000000-a"
+            made.mkdir()
+            (made / checkpoint.META).write_text(json.dumps({"files": [checkpoint.META]}))
         return super().fit()
 
 
@@ -198,3 +198,25 @@ def test_the_same_checkpoint_twice_is_passed_over(tmp_path: Path, monkeypatch: p
     assert passed == ["step-8"]
     assert told[-1] == "r: going back to the checkpoint before step-8, which failed twice"
     assert told[:-1] == ["r: going back to the last checkpoint"] * 4
+
+
+def test_what_came_to_its_end_before_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the last checkpoint and the artifact: the next attempt has nothing to do and reports nothing."""
+    monkeypatch.setattr(launch.cluster, "has_gpus", lambda compute: False)
+    monkeypatch.setattr(launch, "Monitor", FakeMonitor)
+    monkeypatch.setattr(launch.checkpoint, "recover", lambda place: f"{place}/attempt-000001/step-00000010-00000010-a")
+    ended = SimpleNamespace(return_value={"kind": "done"}, checkpoint=None)
+    monkeypatch.setattr(launch, "_fit", lambda *told: ended)
+    made = launch.run_training(job(tmp_path), lambda record: None)
+    assert made.path == f"{tmp_path}/checkpoints/attempt-000001/step-00000010-00000010-a"
+
+
+def test_every_attempt_has_a_folder_of_its_own_and_goes_on_from_the_newest_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+    script = Script((5, StorageError("away")))
+    monkeypatch.setattr(launch, "_trainer", lambda job, *told: given.append((job.attempt, job.resume_from)) or script)
+    launch._fit(job(tmp_path), script, {}, signals.Asked())  # type: ignore[arg-type]
+    assert given == [("attempt-000001", None), ("attempt-000002", None)]
+    assert job(tmp_path).digest == job(tmp_path).model_copy(update={"attempt": "attempt-000001"}).digest

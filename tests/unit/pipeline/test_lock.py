@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import s3 as objects
 from data_prep import storage
+from pipeline import lock
 from pipeline.lock import LockedError, StorageLock
 from tests.shared_data import ROOT
 
@@ -184,3 +186,102 @@ def test_what_is_no_lock_file_is_left_alone(place):
     with pytest.raises(LockedError, match="is not a lock file: delete it"):
         StorageLock(place, "mine").__enter__()
     assert Path(place).read_text() == "hello"
+
+
+@pytest.fixture(params=["disk", "S3", "S3 without ETags"])
+def anywhere(request, tmp_path):
+    """A place for a lock; the third server takes every put, as older ones do."""
+    if request.param == "disk":
+        yield str(tmp_path / "lock.json")
+        return
+    place = f"{request.getfixturevalue('s3').uri}/{request.node.name}/lock.json"
+    events = objects._short_client("test").meta.events
+    operations = ("before-sign.s3.PutObject", "before-sign.s3.DeleteObject") if request.param != "S3" else ()
+    for operation in operations:
+        events.register(operation, ignore_tags, unique_id=operation)
+    objects._compares_tags.cache_clear()
+    yield place
+    known = (*place.removeprefix("s3://").split("/", 1), os.getpid(), tuple(objects.environment().items()))
+    assert objects._compares_tags(*known) == (request.param == "S3")
+    objects._compares_tags.cache_clear()
+    for operation in operations:
+        events.unregister(operation, unique_id=operation)
+
+
+def ignore_tags(request, **_):
+    del request.headers["If-Match"]
+
+
+def silenced(place, **options):
+    """A lock that is held, and rewritten no more."""
+    held = StorageLock(place, "the first", heartbeat_s=60, **options)
+    return held.__enter__()
+
+
+def test_a_sign_of_life_that_arrives_late_overwrites_nobody(anywhere):
+    """The owner was out of reach for long; what it sends then must not look as if it still had the lock."""
+    first = silenced(anywhere)
+    said = []
+    with StorageLock(anywhere, "the second", said.append, heartbeat_s=0.2, stale_after_s=1.0) as second:
+        assert "taking over the lock of" in said[-1]
+        with pytest.raises(LockedError, match=r"was taken over by .* while this run was silent"):
+            first.check()
+        with pytest.raises(LockedError, match="was taken over by"):
+            first.__exit__(None, None, None)
+        second.check()
+        assert json.loads(storage.read_bytes(anywhere))["purpose"] == "the second"
+    assert not storage.exists(anywhere)
+    assert [file.path for file in storage.list_files(anywhere.rpartition("/")[0])] == []  # no probe either
+
+
+def test_an_answer_that_was_lost_loses_no_lock(anywhere):
+    """The request was done all the same: the file has a version that its owner does not know."""
+    with StorageLock(anywhere, "mine", heartbeat_s=60) as held:
+        held.record["beat"] += 1
+        assert storage.replace(anywhere, held._content(), held.version)
+        held.check()
+        held.check()
+
+
+def test_a_lock_that_was_deleted_is_made_again_unless_another_may_have_had_it(place):
+    with StorageLock(place, "mine", heartbeat_s=60) as held:
+        storage.delete(place)
+        held.check()
+        assert json.loads(Path(place).read_text())["token"] == held.record["token"]
+        storage.delete(place)
+        held.seen_at -= held.stale_after_s
+        with pytest.raises(LockedError, match="was deleted while this run was silent"):
+            held.check()
+        held.lost = None
+
+
+def test_a_storage_that_is_away_at_the_end_leaves_a_lock_and_says_so(place, monkeypatch):
+    def away(*told):
+        raise storage.StorageError("away")
+
+    said = []
+    monkeypatch.setattr(storage, "delete_version", away)
+    with StorageLock(place, "mine", said.append, heartbeat_s=0.01):
+        pass
+    assert said == [f"{place} stays behind: the storage is out of reach"]
+
+
+def test_of_two_that_have_seen_the_same_one_replaces_it(anywhere):
+    storage.write_bytes(anywhere, b"one")
+    content, version = storage.read_versioned(anywhere)
+    assert content == b"one"
+    made = storage.replace(anywhere, b"two", version)
+    assert made == storage.read_versioned(anywhere)[1] != version
+    assert storage.replace(anywhere, b"three", version) is None
+    storage.delete_version(anywhere, version)
+    assert storage.read_bytes(anywhere) == b"two"
+    storage.delete_version(anywhere, made)
+    assert storage.replace(anywhere, b"three", made) is None
+    assert storage.read_versioned(anywhere) is None
+
+
+def test_an_owner_counts_as_dead_after_more_than_the_longest_sign_of_life(s3):
+    config = objects._short_client("test").meta.config
+    tries = config.retries["total_max_attempts"]
+    assert tries * (config.connect_timeout + config.read_timeout) < objects.SHORT_REQUEST_S
+    assert 2 * (lock.HEARTBEAT_S + objects.SHORT_REQUEST_S) < lock.STALE_AFTER_S  # one that fails, and the next

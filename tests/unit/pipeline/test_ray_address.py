@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env import packaging
 
-from pipeline import ray_address
+from pipeline import cluster, ray_address
 from pipeline.cluster import connected
 from pipeline.config import ComputeConfig
+from pipeline.lasting import IN_RAY_JOB
 from tests.integration.servers import BIN, agent_ports, free_port, running
 from tests.shared_data import ROOT
 
@@ -91,6 +95,11 @@ import json, os, sys, ray
 from ray._raylet import AuthenticationTokenLoader, Config
 from pipeline.cluster import connected
 from pipeline.config import ComputeConfig
+
+def given():  # the packages that were uploaded; workers on this machine find this folder's as well
+    folders = [path for path in sys.path if "py_modules_files" in path]
+    return sorted(name for folder in folders for name in os.listdir(folder))
+
 for address, env in json.loads(sys.argv[1]):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         os.environ.pop(name, None)
@@ -99,7 +108,7 @@ for address, env in json.loads(sys.argv[1]):
     AuthenticationTokenLoader.instance().reset_cache()
     try:
         with connected(ComputeConfig(), address, debug=False):
-            print(ray.get(ray.remote(num_cpus=0)(lambda: "works").remote()))
+            print(ray.get(ray.remote(num_cpus=0)(given).remote()))
     except ValueError as error:
         print(error)
 """
@@ -134,7 +143,7 @@ def test_a_cluster_that_asks_for_a_token(token_port: int, tmp_path: Path) -> Non
         ("127.0.0.1", asks, "RAY_AUTH_MODE is token, but there is no token: set RAY_AUTH_TOKEN"),
         ("127.0.0.1", asks | {"RAY_AUTH_TOKEN_PATH": "/nowhere"}, "RAY_AUTH_MODE is token, but there is no token: set"),
         ("127.0.0.1", {}, "it asks for a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
-        ("[::1]", asks | {"RAY_AUTH_TOKEN": TOKEN}, "works"),
+        ("[::1]", asks | {"RAY_AUTH_TOKEN": TOKEN}, "['data_prep', 'model', 'pipeline']"),
     ]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
@@ -149,3 +158,30 @@ def test_a_cluster_that_asks_for_a_token(token_port: int, tmp_path: Path) -> Non
     lines = done.stdout.splitlines()
     assert [said in line for line, (_, _, said) in zip(lines, cases, strict=True)] == [True] * len(cases), lines
     assert "InvalidAuthToken" not in done.stderr  # Ray's own tries
+
+
+def test_a_job_has_the_project_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(IN_RAY_JOB, raising=False)
+    names = [Path(module).name for module in cluster._project()["py_modules"]]
+    assert names == ["data_prep", "model", "pipeline"]
+    monkeypatch.setenv(IN_RAY_JOB, "{}")
+    assert cluster._project() == {}
+
+
+def test_data_weights_and_results_are_not_uploaded_with_the_project(tmp_path: Path) -> None:
+    """Ray refuses more than 500 MB: a submit from a folder with a data set in it would fail."""
+    project = tmp_path / "project"
+    project.mkdir()
+    for name in (".rayignore", ".gitignore"):
+        shutil.copy(ROOT / name, project)
+    wanted = ["pipeline/pretrain.py", "configs/recipe/demo.yaml", "my_recipe.yaml", "images.txt", "model/build.py"]
+    others = ["DF2K/0001.png", "weights/HAT.pth", "model/HAT.pth", "reports/images.json", "huge", "runs/a.yaml"]
+    others += [".venv/lib/x.py", "pipeline/__pycache__/pretrain.cpython-311.pyc", "out.png"]
+    for name in wanted + others:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).touch()
+    os.truncate(project / "huge", 600 * 2**20)  # without a block on the disk
+    package = tmp_path / "package.zip"
+    packaging.create_package(str(project), package, include_gitignore=True)
+    packed = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert packed == set(wanted)

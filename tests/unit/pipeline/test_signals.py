@@ -1,4 +1,4 @@
-"""Asking a training to end: first by a checkpoint, then at once; a lost lock never waits for one."""
+"""Asking a training to end: first by a checkpoint, then at once."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray.train
 
-from pipeline import cluster, signals
+from pipeline import cluster, lock, signals
 from pipeline.config import ComputeConfig
 from pipeline.errors import Stopped
 from pipeline.launch import _Trainer
@@ -120,7 +120,27 @@ def lose(place: Path) -> None:
     edit(str(place), token="other", owner="somebody@else")
 
 
-def test_a_lock_lost_in_a_training_and_after_it_ends_the_run(ray_local: Any, tmp_path: Path) -> None:
+def test_a_lock_lost_in_a_training_asks_for_a_checkpoint(tmp_path: Path) -> None:
+    place, asked, told = tmp_path / "lock.json", threading.Event(), []
+
+    def train() -> None:
+        with StorageLock(str(place), "mine", told.append, heartbeat_s=0.1), signals.asking(asked.set):
+            lose(place)
+            assert asked.wait(10)  # and goes on to save, undisturbed
+            time.sleep(0.5)
+            told.append("saved")
+
+    with pytest.raises(LockedError, match="was taken over by somebody@else"):
+        train()
+    assert "was taken over by somebody@else" in told[0]
+    assert told[1:] == ["saved"]
+
+
+def test_a_lock_lost_in_a_training_and_after_it_ends_the_run(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that does not stop when it is asked to is interrupted later."""
+    monkeypatch.setattr(lock, "END_WITHIN_S", 1)
     before = signal.getsignal(signal.SIGINT)
     place = tmp_path / "lock.json"
 
