@@ -48,9 +48,9 @@ integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
 	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
 
-system: setup ## one training through a bad day, the loss of the cluster, a bad network (20 minutes)
-	@echo "System tests: each ends in the weights of a run that was left alone ..."
-	@$(BIN)/pytest -q -m system tests/system
+system: setup ## what takes longer: trainings through a bad day, a lost cluster, a bad network; exports (25 minutes)
+	@echo "System tests: trainings that end in the weights of a run that was left alone, and exports ..."
+	@$(BIN)/pytest -q -m system tests
 
 bench: setup ## speed and memory as ratios, both sides measured in one run (see tests/bench/README.md)
 	@missed=0; for part in networks training data_pairs data_memory data_sharding data_planning; do \

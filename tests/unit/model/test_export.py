@@ -17,7 +17,8 @@ from model.tiles import padded
 from tests.golden_cases import golden_network
 from tests.unit.model.tiny import tiny, tiny_unet
 
-NETWORKS = ("hat", "hmanet", "hat_unet")
+NETWORKS = ("hat", *(pytest.param(arch, marks=pytest.mark.system) for arch in ("hmanet", "hat_unet")))
+"""Half a minute each, so `make test` exports one, and `make system` all."""
 SIZES = [(1, 9, 9), (1, 16, 16), (2, 24, 9), (3, 13, 40), (1, 64, 33)]
 BELOW_A_WINDOW = [(1, 8, 8), (2, 3, 17), (1, 2, 1), (4, 1, 1)]
 """(images, height, width)."""
