@@ -22,6 +22,7 @@ import types
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -405,17 +406,16 @@ def _shorten_sockets() -> None:
 
 def _start_worker(environment: dict[str, str], _: int) -> None:
     """Take the present S3 credentials, which the fork server may be older than, and end with the training process."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if training := multiprocessing.parent_process():
+        threading.Thread(target=_end_with, args=(training,), daemon=True).start()
     for name in s3.environment().keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
 
 
-def _end_with_parent() -> None:
+def _end_with(training: BaseProcess) -> None:
     """End this process when the one that it reads for is gone, killed or not; its own parent is the fork server."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+    training.join()
     os._exit(1)
 
 

@@ -1,6 +1,7 @@
 """What the server that worker processes are forked from has ready: the loader, and the compiled loops, once used.
 
-Compilers and machine code take 100 MB and a second; what is there before the fork is shared. Importing this is enough.
+Compilers and machine code take 100 MB and a second, descriptions of S3 12 MB; what is there before the fork is shared.
+Importing this is enough.
 """
 
 import contextlib
@@ -10,7 +11,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from data_prep import loader  # noqa: F401 -- what the workers run
+from data_prep import (
+    loader,  # noqa: F401 -- what the workers run
+    s3,
+)
 from data_prep.image import Picture, check
 from data_prep.pairs import PairSettings, make_pair
 
@@ -30,5 +34,7 @@ def _use_compiled_loops() -> None:
 
 with contextlib.suppress(Exception):  # what is wrong is told by the worker that needs it: here it would end the server
     _use_compiled_loops()
+with contextlib.suppress(Exception):
+    s3.descriptions()
 gc.collect()
 gc.freeze()  # else the collector's first pass writes to every shared page

@@ -251,11 +251,23 @@ def _client(
         signature_version=botocore.UNSIGNED if anonymous else None,
     )
     session = botocore.session.Session()
+    session.register_component("data_loader", descriptions())
     _check_bundle(session)
     made = boto3.session.Session(botocore_session=session).client("s3", config=config)
     if requester_pays:
         made.meta.events.register("provide-client-params.s3", _pay)
     return made
+
+
+@functools.cache
+def descriptions() -> Any:
+    """What botocore knows of the service and its endpoints, for all clients: 12 MB that each would read for itself."""
+    loader = botocore.session.Session().get_component("data_loader")
+    for kind in ("service-2", "endpoint-rule-set-1"):
+        loader.load_service_model("s3", kind)
+    for name in ("endpoints", "partitions"):
+        loader.load_data(name)
+    return loader
 
 
 def _pay(params: dict[str, Any], model: Any, **_: object) -> None:

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_prep import bicubic, reader_server
+from data_prep import bicubic, reader_server, s3
 from data_prep.index import Sample, Samples
 from data_prep.loader import _in_hand, _Turns
 from data_prep.order import SampleOrder
@@ -97,3 +97,14 @@ def test_the_server_of_the_workers_can_use_the_compiled_loops() -> None:
     assert bicubic_kernels.shrink.signatures
     assert jpeg_kernels.decode_planes.signatures
     assert jpeg_kernels.to_rgb.signatures
+
+
+def test_clients_share_what_is_known_of_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+        monkeypatch.setenv(name, "test-memory")
+    s3.client("one")
+    tracemalloc.start()
+    s3.client("other", attempts=3)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 6e6
