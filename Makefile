@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Workers start twice as fast with compiled modules, so never let the environment forbid writing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint unit masked integration bench lock check-lock clean
+.PHONY: help setup demo test lint unit masked integration fuzz bench lock check-lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ masked: setup ## tests of the networks once more, as on a processor without AVX-
 integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
 	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
+
+fuzz: setup ## mutated JPEGs, tars and indexes for a minute (FUZZ_SECONDS=3600: an hour; FUZZ_SEED=N: others)
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
 bench: setup ## speed and memory as ratios, both sides measured in one run (see tests/bench/README.md)
 	@missed=0; for part in networks training data_pairs data_sharding data_planning; do \
