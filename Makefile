@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Workers start twice as fast with compiled modules, so never let the environment forbid writing them.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help setup demo test lint unit masked integration system bench lock check-lock clean
+.PHONY: help setup demo test lint unit masked integration system fuzz bench lock check-lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ integration: setup ## the real command on real servers: Ray, S3, MLflow
 system: setup ## what takes longer: trainings through a bad day, a lost cluster, a bad network; exports (25 minutes)
 	@echo "System tests: trainings that end in the weights of a run that was left alone, and exports ..."
 	@$(BIN)/pytest -q -m system tests
+
+fuzz: setup ## mutated JPEGs, tars and indexes for a minute (FUZZ_SECONDS=3600: an hour; FUZZ_SEED=N: others)
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)
 
 bench: setup ## speed and memory as ratios, both sides measured in one run (see tests/bench/README.md)
 	@missed=0; for part in networks training data_pairs data_memory data_sharding data_planning; do \

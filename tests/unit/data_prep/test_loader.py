@@ -335,7 +335,7 @@ def test_item_keys_survive_the_way_through_a_tar(tmp_path):
     path = tmp_path / "odd name.v2.png"
     source = list_items("photographs:", include=["rocket.jpg"])[0]
     path.write_bytes(storage.read_bytes(source.uri))
-    item = Item(key_of(path.name), str(path), path.stat().st_size, "1")
+    item = Item(key_of(path.name), str(path), path.stat().st_size, str(path.stat().st_mtime_ns))
     made = shard_here([item], str(tmp_path / "set"), ShardSettings())
     [batch] = take(PairLoader(made.uri, SETTINGS, 1, 1, 0, 1, 0), 1)
     assert batch.keys == ["odd%20name%2Ev2%2Epng"]
