@@ -54,7 +54,7 @@ class Job:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, env=cluster.env, stdout=log, stderr=log)
 
-    def wait_for(self, what: str, reached: Callable[[], object], timeout_s: float = 150) -> None:
+    def wait_for(self, what: str, reached: Callable[[], object], timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not reached():
             assert self.process.poll() is None, f"ended before {what}:\n{self.log.read_text()[-5000:]}"
@@ -73,7 +73,7 @@ class Job:
         self.wait_for("a further checkpoint", lambda: newest_checkpoint(self.place) > before)
         return newest_checkpoint(self.place)
 
-    def ends_well(self, folder: Path, timeout_s: float = 300) -> dict[str, torch.Tensor]:
+    def ends_well(self, folder: Path, timeout_s: float = 600) -> dict[str, torch.Tensor]:
         """The trained weights."""
         assert self.process.wait(timeout=timeout_s) == 0, self.log.read_text()[-6000:]
         (weights,) = [f for f in storage.list_files(self.place) if f.uri.endswith("/weights.pth")]
@@ -100,7 +100,7 @@ def good_day(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a run that was left alone; its MLflow store is `folder/runs/mlflow.db`."""
     command = [str(BIN / "python"), "pipeline/pretrain.py", *RECIPE, *sets(f"storage.uri={folder}/runs")]
     env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (found,) = (folder / "runs" / "pretrain-x2").rglob("weights.pth")
     return read_weights(found)
