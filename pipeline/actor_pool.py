@@ -59,7 +59,7 @@ class ActorPool:
                 waiting.extendleft([] if lost is None else [lost])
             else:
                 self.idle.append(self.starting[told] if lost is None else self.working[told][0])
-            (self.starting if lost is None else self.working).pop(told)  # type: ignore[attr-defined]
+            (self.starting if lost is None else self.working).pop(told)
         return answers
 
     def _grow(self, wanted: int) -> None:
