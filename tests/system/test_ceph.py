@@ -9,11 +9,7 @@ import pytest
 from data_prep import storage
 from tests.integration.cloud import artifact_of, file_of, running_cloud
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.ceph,
-    pytest.mark.skipif(os.environ.get("CI") != "true", reason="installs Debian packages: set CI=true to run"),
-]
+pytestmark = pytest.mark.skipif(os.environ.get("CI") != "true", reason="installs Debian packages: set CI=true to run")
 
 
 def test_a_restoration_recipe_on_ceph(tmp_path: Path) -> None:
