@@ -120,6 +120,20 @@ class Samples(Sequence[Sample]):
         return Sample.model_construct(**{name: column[index] for name, column in self._columns.items()})
 
 
+class _Same(Sequence[Any]):
+    """One value, as often as there are samples."""
+
+    def __init__(self, value: Any, count: int) -> None:
+        self._value, self._count = value, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        """The value, at any place."""
+        return self._value
+
+
 class _Texts(Sequence[str]):
     """Strings as one: a string of its own takes 50 bytes more."""
 
@@ -139,9 +153,9 @@ def _column(values: list[Any]) -> Sequence[Any]:
     kinds = set(map(type, values))
     if kinds == {int}:
         return array("q", values)
-    if kinds == {str}:
-        return [values[0]] * len(values) if len(set(values)) == 1 else _Texts(values)
-    return values
+    if kinds <= {str, bool} and len(set(values)) == 1:
+        return _Same(values[0], len(values))
+    return _Texts(values) if kinds == {str} else values
 
 
 class Reject(_Record):

@@ -61,5 +61,5 @@ def test_a_folder_of_ours_is_taken_and_marked(tmp_path: Path, files: dict[str, s
 def test_only_shards_at_the_folders_top_are_stale(tmp_path: Path) -> None:
     kept = ["shard-000000.json", "shard-000000.tar", "shard-list.json", "old/shard-000007.tar", "shard-1.tar"]
     fill(tmp_path, dict.fromkeys([*kept, "shard-000001.tar", "shard-1000000.json", "duplicates.json", MAKING_NAME], ""))
-    _delete_stale(str(tmp_path), {"shard-000000"})
+    _delete_stale(str(tmp_path), {"shard-000000"}, "shard-000000")
     assert paths(tmp_path) == sorted(kept)

@@ -25,7 +25,7 @@ def training_pass(network: nn.Module, device: str, bf16: bool, go_back: Callable
     """Forward and backward pass of two samples with drop path, as a training does it."""
     network.zero_grad()
     draws = torch.rand(2, len(drop_paths(network)), DropPath.BRANCHES, device=device)
-    set_drop_path_draws(network, draws)
+    set_drop_path_draws(drop_paths(network), draws)
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         output = network(torch.rand(2, 3, 16, 16, device=device))
     go_back((output.float() - torch.rand(2, 3, 32, 32, device=device)).abs().mean())
@@ -53,7 +53,7 @@ def test_a_training_pass_looks_as_on_the_cpu(arch: str, bf16: bool, checkpoint: 
     network = NETWORKS[arch](checkpoint=checkpoint, drop_path_rate=0.5).train()
     expected = looks({"": training_pass(network, "cpu", bf16, Tensor.backward)})
     expected |= looks({name: parameter.grad for name, parameter in network.named_parameters()})
-    set_drop_path_draws(network, None)
+    set_drop_path_draws(drop_paths(network), None)
     with fake_cuda(), mixed_types(to_fake_cuda(network)) as mixed:
         made = {"": training_pass(network, "cuda", bf16, backward)}
         made |= {name: parameter.grad for name, parameter in network.named_parameters()}

@@ -58,7 +58,7 @@ def test_a_stage_names_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(stages.RUN, "register", register)  # type: ignore[arg-type]
     stage = pretrain.Stage("register", "register", "register", ())
     with pytest.raises(ValueError, match=r"^stage register \(pretrain\._run_stage\): '.*weights\.pth': No such file"):
-        pretrain._run_stage(None, stage, {}, {}, Tracker(), None)  # type: ignore[arg-type]
+        pretrain._run_stage(None, stage, {}, {}, Tracker(), None, None)  # type: ignore[arg-type]
     assert abandoned == [FileNotFoundError]
 
 

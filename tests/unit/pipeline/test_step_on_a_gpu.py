@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_prep.loader import Batch
+from model.blocks import drop_paths
 from model.losses import build_loss, with_adversary
 from pipeline import train, zero
 from pipeline.adversary import Adversary
@@ -80,6 +81,7 @@ def run_on(network: nn.Module, adversary: Adversary | None, passes: int) -> Any:
         batches=batches(),
         loss=with_adversary(loss, adversary.loss) if adversary else loss,
         adversary=adversary,
+        drop_paths=drop_paths(network),
         device=torch.device("cuda", 0),
         **{"rank": 0, "world_size": 2, "micro_batch": 1, "passes": passes, "step": 0},
     )

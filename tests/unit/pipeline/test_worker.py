@@ -33,9 +33,10 @@ def test_signs_of_life_between_the_parts_and_the_batch_is_found_before_compiling
     monkeypatch.setattr(worker.ray.train.torch, "get_device", lambda: torch.device("cpu"))
     for name, used in {
         "_agree": lambda mine, device: mine,
+        "_mark": lambda device: "mark",
         "keep_freed_memory": lambda: None,
         "peak_macs_per_s": lambda device, bf16: 1.0,
-        "_start": part("start", (network, None, {"step": 0, "data_step": 0})),
+        "_start": part("start", (network, None, {"step": 0, "data_step": 0}, None)),
         "find_micro_batch": part("batch", 4),
         "_loader": part("loader", []),
     }.items():
