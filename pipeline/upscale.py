@@ -21,6 +21,7 @@ from data_prep.image_files import PassedOver
 from model import load
 from model.alpha import has_alpha
 from model.blocks import UpscalingNetwork
+from model.compiling import compile_in_place
 from model.files import WriteError
 from model.inference import Upscaler
 from model.limits import bound_threads
@@ -83,7 +84,7 @@ class Options:
             precision=self.precision,
         )
         if self.compile:
-            network.compile(dynamic=False)
+            compile_in_place(network)
         return made
 
 

@@ -17,6 +17,7 @@ from data_prep.shard_cache import default_cache
 from data_prep.uri import join
 from model import build
 from model.blocks import DropPath, UpscalingNetwork, drop_paths
+from model.compiling import compile_in_place
 from model.init import bicubic_start
 from model.losses import Loss, with_adversary
 from model.precision import emulation_note, keep_fp32_exact, resolve_precision
@@ -98,10 +99,8 @@ def set_up(job: TrainJob, mailbox: Any, images: Any, alive: Callable[[], object]
     if micro_batch == "auto":
         alive()
         micro_batch = find_micro_batch(network, loss, job.phase, job.compute, job.training.scale, bf16)
-    if (
-        job.compute.compile
-    ):  # after the trials, each of which would be compiled; that of the batch is, at the first step
-        network.compile(dynamic=False)  # in place: names in checkpoints stay as they are
+    if job.compute.compile:  # after the trials, each of which would be compiled
+        compile_in_place(network)
     alive()
     step, data_offset = meta["step"], max(meta["data_step"] - meta["step"], job.data_offset)
     engine = zero.initialize(network, job.phase, job.compute, micro_batch, world_size, bf16)

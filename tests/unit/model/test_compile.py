@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
 from torch.nn.attention import sdpa_kernel
 
 from model.attention import BACKENDS, fused_attention, rows_of
 from model.blocks import DropPath, drop_paths, set_drop_path_draws
+from model.compiling import compile_in_place
 from model.window_kernel import Attention
 from model.windows import Squares, window_index
 from tests.unit.model.tiny import tiny, tiny_hmanet, tiny_unet
@@ -104,6 +106,12 @@ def test_rates_of_drop_path_are_data_of_the_graph() -> None:
         torch.compile(module, backend=keep)(torch.rand(2, 3))
         torch._dynamo.reset()
     assert graphs[0] == graphs[1]
+
+
+def test_a_missing_compiler_is_said_before_the_first_pass() -> None:
+    words = r"torch\.compile needs a C\+\+ compiler.* install g\+\+, name one by CXX"
+    with inductor_config.patch("cpp.cxx", ("no-such-compiler",)), pytest.raises(ValueError, match=words):
+        compile_in_place(tiny())
 
 
 def test_the_choice_of_attention_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
