@@ -128,10 +128,11 @@ def _fill(data, clean, reader):
             filled, source = filled + 8, source + 8
             continue
         for _ in range(8):
-            stuffed = data[_U(source)] == 0xFF
-            if source + 1 >= data.size or (stuffed and data[_U(source + 1)] != 0):
+            ended = source + 1 >= data.size
+            if ended or (data[_U(source)] == 0xFF and data[_U(source + 1)] != 0):
                 clean[filled : filled + _MCU_BYTES] = 0
                 return at & 7, filled, source
+            stuffed = data[_U(source)] == 0xFF
             clean[_U(filled)] = data[_U(source)]
             filled, source = filled + 1, source + 1 + stuffed
     clean[filled : filled + 8] = 0
