@@ -48,9 +48,9 @@ integration: setup ## the real command on real servers: Ray, S3, MLflow
 	@echo "Integration tests: real Ray cluster, S3 server and MLflow server ..."
 	@$(BIN)/pytest -q -n 2 --dist loadfile -m integration tests
 
-system: setup ## what takes longer: trainings through a bad day, a lost cluster, a bad network; exports (25 minutes)
+system: setup ## what takes longer: trainings through a bad day, a lost cluster, a bad network; exports (18 minutes)
 	@echo "System tests: trainings that end in the weights of a run that was left alone, and exports ..."
-	@$(BIN)/pytest -q -m system tests
+	@$(BIN)/pytest -q -m "system$(if $(SKIP), and not $(SKIP))" tests
 
 fuzz: setup ## mutated JPEGs, tars and indexes for a minute (FUZZ_SECONDS=3600: an hour; FUZZ_SEED=N: others)
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),60) --seed $(or $(FUZZ_SEED),0)

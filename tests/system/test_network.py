@@ -23,6 +23,7 @@ def network() -> hosts.Network:
     return hosts.Network(3)
 
 
+@pytest.mark.network
 def test_a_bad_network_ends_with_the_weights_of_a_good_day(
     tmp_path: Path, good: dict[str, torch.Tensor], network: hosts.Network
 ) -> None:
