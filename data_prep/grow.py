@@ -8,7 +8,7 @@ the same images sharded at once lie in other shards.
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,7 +26,7 @@ from data_prep.index import (
 )
 from data_prep.plan import Plan, ShardPlan, cut, mark
 from data_prep.sources import Item
-from data_prep.storage import DamageError, delete, join, list_files, read_bytes, write_bytes
+from data_prep.storage import delete, join, list_files, read_bytes, write_bytes
 from data_prep.subimages import source_key
 
 _AT_ONCE = 16  # sidecars
@@ -118,17 +118,10 @@ def delete_indexes(uri: str) -> None:
 
 def _sidecars(shards: ShardSet) -> Iterator[ShardInfo]:
     """All sidecars, in the shards' order. Raises DamageError for one that is not the index's."""
-
-    def one(shard: Shard) -> ShardInfo:
-        uri = join(shards.uri, f"{shard.name}.json")
-        data = read_bytes(uri)
-        if hashlib.sha256(data).hexdigest() != shard.sidecar_sha256:
-            raise DamageError(f"{uri}: it is not the sidecar that {INDEX_NAME} names; make the shards anew")
-        return ShardInfo.model_validate_json(data)
-
+    numbers = range(len(shards.shards))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for begin in range(0, len(shards.shards), _AT_ONCE):
-            yield from pool.map(one, shards.shards[begin : begin + _AT_ONCE])
+        for begin in numbers[::_AT_ONCE]:
+            yield from pool.map(shards.sidecar, numbers[begin : begin + _AT_ONCE])
 
 
 def _keys(info: ShardInfo) -> list[str]:
@@ -146,9 +139,8 @@ def _marks(info: ShardInfo) -> np.ndarray | None:
     return np.array(numbers, np.uint64) if len(numbers) == len(_keys(info)) else None
 
 
-def _without(info: ShardInfo, shard: Shard, alive: Iterable[str]) -> Summary:
+def _without(info: ShardInfo, shard: Shard, alive: set[str]) -> Summary:
     """A shard's summary with the images of these keys alone."""
-    alive = set(alive)
     removed = tuple(number for number, sample in enumerate(info.samples) if source_key(sample.key) not in alive)
     left = [sample for sample in info.samples if source_key(sample.key) in alive]
     summary = summarise(info)

@@ -269,14 +269,21 @@ class ShardSet:
         """Where the shard's tar lies."""
         return join(self.uri, f"{self.shards[shard].name}.tar")
 
-    def _samples(self, shard: int) -> Sequence[Sample]:
-        """The samples of one shard, in the tar's order. Raises StorageError where the sidecar is not the index's."""
+    def sidecar(self, shard: int) -> ShardInfo:
+        """What is known of a shard's images, also of those that were taken off the index.
+
+        Raises StorageError where it cannot be read, DamageError where it is not the one that the index names.
+        """
         entry = self.shards[shard]
         uri = join(self.uri, f"{entry.name}.json")
         data = read_bytes(uri)
         if hashlib.sha256(data).hexdigest() != entry.sidecar_sha256:
             raise DamageError(f"{uri}: it is not the sidecar that {INDEX_NAME} names; make the shards anew")
-        samples, removed = ShardInfo.model_validate_json(data).samples, set(entry.removed)
+        return ShardInfo.model_validate_json(data)
+
+    def _samples(self, shard: int) -> Sequence[Sample]:
+        """The samples of one shard, in the tar's order. Raises StorageError where the sidecar is not the index's."""
+        samples, removed = self.sidecar(shard).samples, set(self.shards[shard].removed)
         return Samples([sample for number, sample in enumerate(samples) if number not in removed])
 
 

@@ -53,7 +53,7 @@ class Artifact(Settings):
         """The URI of one of its files."""
         if name not in self.files:
             raise KeyError(f"artifact {self.uri} has no file {name!r}, it has {sorted(self.files)}")
-        return storage.join(self.uri, self.folder, name) if self.folder else storage.join(self.uri, name)
+        return storage.join(self.uri, self.folder, name)
 
 
 def place(storage_uri: str, stage: str, fingerprint: str) -> str:
@@ -106,7 +106,7 @@ def publish(
     seen = storage.read_versioned(marker)
     files: dict[str, FileEntry] = {}
     for name, path in sorted((local_files or {}).items()):
-        storage.upload(path, storage.join(uri, folder, name) if folder else storage.join(uri, name))
+        storage.upload(path, storage.join(uri, folder, name))
         files[name] = FileEntry(sha256=storage.sha256_of(str(path)), size_bytes=path.stat().st_size)
     artifact = Artifact(
         stage=stage,

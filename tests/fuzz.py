@@ -9,13 +9,11 @@ that hangs leaves them in `hatchery-fuzz-*`, with its kind and seed in `turn`.
 
 import argparse
 import faulthandler
-import io
 import itertools
 import os
 import resource
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zlib
@@ -73,9 +71,10 @@ def tars(random, folder):
     """A mutated tar of tars is read, or named."""
     from data_prep.sources import NoImagesError, list_items, read_item
     from data_prep.storage import StorageError
+    from tests.unit.data_prep.odd_files import tar_of
 
     place = folder / "input.tar"
-    place.write_bytes(_mutated(_tar({"a.tar": _tar({"x.png": b"1" * 700}), "b/c.jpg": b"2" * 90}), random))
+    place.write_bytes(_mutated(tar_of({"a.tar": tar_of({"x.png": b"1" * 700}), "b/c.jpg": b"2" * 90}), random))
     try:
         for item in list_items(str(place)):
             assert len(read_item(item)) == item.size
@@ -83,16 +82,6 @@ def tars(random, folder):
         assert str(place) in str(error)  # noqa: PT017 -- no test function
     except NoImagesError:
         pass
-
-
-def _tar(files):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in files.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-    return out.getvalue()
 
 
 def indexes(random, folder):

@@ -1,6 +1,7 @@
 """Files of the kinds that real data sets hold, made on the spot."""
 
 import io
+import tarfile
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,18 @@ def photograph(height=96, width=120, seed=0):
 def encoded(image, form="JPEG", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def tar_of(files):
+    """A tar of files: name -> bytes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            header.mtime = 1
+            tar.addfile(header, io.BytesIO(data))
     return buffer.getvalue()
 
 

@@ -1,6 +1,5 @@
 """Tars as sources: ImageNet's tar of class tars read in place, on a disk and in an object store."""
 
-import io
 import tarfile
 from urllib.parse import unquote
 
@@ -13,20 +12,9 @@ from data_prep.sources import list_items, read_item
 from data_prep.storage import DamageError, StorageError, join
 from data_prep.tar_source import iter_members
 from tests.faulty_proxy import Faults, faulty_proxy
-from tests.unit.data_prep.odd_files import encoded, photograph
+from tests.unit.data_prep.odd_files import encoded, photograph, tar_of
 
 CLASSES = {f"n0{number}": [f"n0{number}_{image}.JPEG" for image in range(3)] for number in range(3)}
-
-
-def tar_of(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            header.mtime = 1
-            tar.addfile(header, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
