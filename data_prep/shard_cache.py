@@ -82,12 +82,14 @@ class ShardReader:
         ahead = self._ahead.pop((shard, number), None)
         if descriptor is not None:
             both = _read_at(descriptor, sample)
-            if not self._local and not _is_sound(both, sample):
-                self._discard(shard)
-                both = self._range(shard, number)
         else:
             both = ahead.result() if ahead else self._range(shard, number)
-        if not _is_sound(both, sample):
+        sound = _is_sound(both, sample)
+        if not sound and descriptor is not None and not self._local:
+            self._discard(shard)
+            both = self._range(shard, number)
+            sound = _is_sound(both, sample)
+        if not sound:
             raise DamageError(
                 f"{self._set.tar_uri(shard)}: sample {sample.key} is not the one that was written; make the shard anew"
             )
