@@ -250,6 +250,11 @@ def _client(
         max_pool_connections=16,
         signature_version=botocore.UNSIGNED if anonymous else None,
     )
+    return _made(config, requester_pays)
+
+
+def _made(config: Config, requester_pays: bool) -> "S3Client":
+    """A client by the present variables and files."""
     session = botocore.session.Session()
     session.register_component("data_loader", descriptions())
     _check_bundle(session)
@@ -352,7 +357,7 @@ def put_if_absent(uri: str, data: bytes) -> bool:
             client(bucket).put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={"put-by": mark})
             return True
         except ClientError as error:
-            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            status = _status(error)
             if status == 412:
                 return client(bucket).head_object(Bucket=bucket, Key=key)["Metadata"].get("put-by") == mark
             if status != 409 or attempt == _CONDITIONAL_ATTEMPTS - 1:  # 409: another put is under way
@@ -367,7 +372,7 @@ def exists(uri: str) -> bool:
     try:
         client(bucket).head_object(Bucket=bucket, Key=key)
     except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+        if _status(error) == 404:
             return False
         raise
     return True
@@ -447,6 +452,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+_OTHER_THERE = (404, 409, 412)  # answers to a condition that does not hold
 SHORT_REQUEST_S = 20
 """What a call of those below takes at most: two tries, each with 3 s to connect and 5 s to be answered, and a wait."""
 
@@ -477,7 +483,7 @@ def replace(uri: str, data: bytes, tag: str) -> str | None:
     try:
         return put(IfMatch=tag)["ETag"]
     except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+        if _status(error) not in _OTHER_THERE:
             raise
     found = read_tagged(uri)
     return found[1] if found is not None and found[0] == data else None  # the answer to the first try was lost
@@ -493,7 +499,7 @@ def delete_tagged(uri: str, tag: str) -> None:
         elif (found := read_tagged(uri)) is not None and found[1] == tag:
             delete()
     except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] not in (404, 409, 412):
+        if _status(error) not in _OTHER_THERE:
             raise
 
 
@@ -507,12 +513,16 @@ def _compares_tags(bucket: str, key: str, pid: int, environment: tuple[tuple[str
         put(IfMatch=put(Body=b"1")["ETag"], Body=b"2")
         put(IfMatch=f'"{"0" * 32}"', Body=b"3")
     except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+        if _status(error) >= 500:
             raise
         return client.get_object(Bucket=bucket, Key=probe)["Body"].read() == b"2"
     finally:
         client.delete_object(Bucket=bucket, Key=probe)
     return False
+
+
+def _status(error: ClientError) -> int:
+    return int(error.response["ResponseMetadata"]["HTTPStatusCode"])
 
 
 def _short_client(bucket: str) -> "S3Client":
@@ -523,8 +533,4 @@ def _short_client(bucket: str) -> "S3Client":
 def _made_short(requester_pays: bool, pid: int, environment: tuple[tuple[str, str], ...]) -> "S3Client":
     """As `_client`, with connections of its own: no transfer holds them up."""
     retries: Any = {"mode": "standard", "total_max_attempts": 2}
-    config = Config(retries=retries, connect_timeout=3, read_timeout=5)
-    made = boto3.session.Session(botocore_session=botocore.session.Session()).client("s3", config=config)
-    if requester_pays:
-        made.meta.events.register("provide-client-params.s3", _pay)
-    return made
+    return _made(Config(retries=retries, connect_timeout=3, read_timeout=5), requester_pays)
